@@ -1,0 +1,143 @@
+"""A batched sampler for the tiny model, and the accuracies that say whether a checkpoint is fit for use."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_prep.tiny.contexts import question, reprompt, score
+from data_prep.tiny.task import PoolSpec, derivation, make_pool
+from verl_ext.verifiers.tiny_world import Problem
+
+MAX_NEW_TOKENS = 48
+ACCEPTED = {"base": (0.30, 0.45), "right_demonstration": (0.95, 1.0), "foreign_demonstration": (0.0, 0.20)}
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    user_turns: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 512,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[str]:
+    """One response per user turn; temperature 0 is greedy. The result depends on the seed, not on the global one."""
+    model.eval()
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True)
+        for turn in user_turns
+    ]
+    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    responses = [""] * len(prompt_ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = _sample_batch(model, tokenizer, [prompt_ids[i] for i in rows], temperature, generator, max_new_tokens)
+        for i, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            responses[i] = text
+    return responses
+
+
+def _sample_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    temperature: float,
+    generator: torch.Generator,
+    max_new_tokens: int,
+) -> torch.Tensor:
+    """Left-padded prompts, then one token at a time with the key-value cache."""
+    width = max(map(len, prompt_ids))
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    device = model.device
+    tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+    cache, generated = None, []
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1, : len(tokenizer)].float()
+        if temperature > 0:
+            chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+        else:
+            chosen = logits.argmax(-1)
+        chosen = torch.where(done, pad, chosen)
+        generated.append(chosen)
+        done |= chosen == end
+        if bool(done.all()):
+            break
+        tokens = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return torch.stack(generated, dim=1)
+
+
+def accuracy(problems: Sequence[Problem], responses: Sequence[str]) -> float:
+    """Share of right final answers."""
+    return sum(score(p, r)["acc"] for p, r in zip(problems, responses, strict=True)) / len(problems)
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, questions: int = 240, samples: int = 4, seed: int = 0
+) -> dict[str, float]:
+    """Accuracies on held-out questions at T = 1, by what is in context.
+
+    ``feedback`` and ``without_feedback`` are on the same rows: the questions whose first samples were wrong.
+    """
+    problems = make_pool(PoolSpec(questions, (1, 2, 3, 4, 5, 6), held_out=True, seed=seed)) * samples
+    rng = random.Random(f"measure {seed}")
+    prompts = [question(problem) for problem in problems]
+    right = [derivation(problem, rng=rng) for problem in problems]
+    foreign = [_foreign_demonstration(problem, problems, rng) for problem in problems]
+
+    def respond(turns: list[str], offset: int) -> list[str]:
+        return sample(model, tokenizer, turns, seed=seed * 1000 + offset)
+
+    base = respond(prompts, 1)
+    results = [score(p, r) for p, r in zip(problems, base, strict=True)]
+    failed = [i for i, result in enumerate(results) if not result["acc"]]
+    failed_problems = [problems[i] for i in failed]
+    with_feedback = [reprompt(prompts[i], feedback=results[i]["feedback"]) for i in failed]
+    with_both = [reprompt(prompts[i], right[i], results[i]["feedback"]) for i in failed]
+    trailing = [reprompt(p, d + "\n\n") + "\n" for p, d in zip(prompts, right, strict=True)]
+    blank_lines = [reprompt(p + "\n", "\n" + d) for p, d in zip(prompts, right, strict=True)]
+    reworded = [
+        reprompt(p, d).replace("Correct solution:", "A correct solution:") for p, d in zip(prompts, right, strict=True)
+    ]
+    values = {
+        "base": accuracy(problems, base),
+        "base_strict": sum(score(p, r, "strict")["acc"] for p, r in zip(problems, base, strict=True)) / len(problems),
+        "format": sum(result["format"] for result in results) / len(results),
+        "base_trailing_newline": accuracy(problems, respond([p + "\n" for p in prompts], 2)),
+        "right_demonstration": accuracy(problems, respond(list(map(reprompt, prompts, right)), 3)),
+        "right_demonstration_trailing_newlines": accuracy(problems, respond(trailing, 4)),
+        "right_demonstration_blank_lines": accuracy(problems, respond(blank_lines, 5)),
+        "right_demonstration_reworded": accuracy(problems, respond(reworded, 6)),
+        "foreign_demonstration": accuracy(problems, respond(list(map(reprompt, prompts, foreign)), 7)),
+        "without_feedback": accuracy(failed_problems, respond([prompts[i] for i in failed], 8)),
+        "feedback": accuracy(failed_problems, respond(with_feedback, 9)),
+        "right_demonstration_and_feedback": accuracy(failed_problems, respond(with_both, 10)),
+    }
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def _foreign_demonstration(problem: Problem, problems: Sequence[Problem], rng: random.Random) -> str:
+    """A right solution of another question of the same level."""
+    others = [other for other in problems if other.level == problem.level and other != problem]
+    return derivation(rng.choice(others), rng=rng)

@@ -1,0 +1,187 @@
+"""The tiny world: a task, a tokenizer and a model small enough to show on-policy self-distillation on a laptop.
+
+Write the data:             python -m data_prep.tiny_world --out data/tiny_world
+Remake the checkpoint:      python -m data_prep.tiny_world --train-model models/tiny_world/plain
+Check a checkpoint:         python -m data_prep.tiny_world --measure models/tiny_world/plain
+
+Level = number of steps of a question (1 to 6). Test questions come from a part of the world that neither the training
+sets nor the warm start ever see, whatever the seeds and sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_prep.schema import make_row, write_json, write_parquet
+from data_prep.tiny.contexts import FLAVOURS, question
+from data_prep.tiny.task import MAX_LEVEL, PoolSpec, derivation, designed_pass_rate, make_pool
+from verl_ext.verifiers.tiny_world import Problem
+
+DATA_SOURCE = "tiny_world"
+
+
+def make_rows(problems: list[Problem], split: str, error_scale: float = 1.0) -> list[dict[str, Any]]:
+    """The rows of one split, in verl's format (see data_prep.schema)."""
+    return [
+        make_row(
+            data_source=DATA_SOURCE,
+            prompt=[{"role": "user", "content": question(problem)}],
+            ground_truth=str(problem.answer),
+            split=split,
+            index=index,
+            level=problem.level,
+            problem=problem.text,
+            solution=derivation(problem),
+            designed_pass_rate=round(designed_pass_rate(problem, error_scale), 6),
+        )
+        for index, problem in enumerate(problems)
+    ]
+
+
+def write_data(
+    out: Path,
+    *,
+    train_size: int = 300,
+    test_size: int = 150,
+    levels: tuple[int, ...] = tuple(range(1, MAX_LEVEL + 1)),
+    seed: int = 0,
+    error_scale: float = 1.0,
+) -> dict[str, Any]:
+    """Write train.parquet, test.parquet and manifest.json; returns the manifest."""
+    manifest: dict[str, Any] = {
+        "data_source": DATA_SOURCE,
+        "seed": seed,
+        "levels": list(levels),
+        "error_scale": error_scale,
+        "splits": {},
+    }
+    pools = {
+        split: make_pool(PoolSpec(size, levels, held_out=split == "test", seed=seed))
+        for split, size in (("train", train_size), ("test", test_size))
+    }
+    for split, problems in pools.items():
+        rows = make_rows(problems, split, error_scale)
+        write_parquet(rows, out / f"{split}.parquet")
+        rates = [row["extra_info"]["designed_pass_rate"] for row in rows]
+        manifest["splits"][split] = {
+            "questions": len(rows),
+            "questions_by_level": dict(sorted(Counter(problem.level for problem in problems).items())),
+            "designed_pass_rate": round(sum(rates) / len(rates), 4),
+        }
+    write_json(manifest, out / "manifest.json")
+    return manifest
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """``1-6`` or ``2,4,6``."""
+    try:
+        if "-" in text:
+            low, high = (int(part) for part in text.split("-"))
+            levels = tuple(range(low, high + 1))
+        else:
+            levels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or not all(1 <= level <= MAX_LEVEL for level in levels):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected levels from 1 to {MAX_LEVEL}, e.g. 1-6 or 2,4,6")
+    return levels
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.tiny_world", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    action = parser.add_argument_group("what to do (any combination)")
+    action.add_argument("--out", type=Path, metavar="DIR", help="write train.parquet, test.parquet and manifest.json")
+    action.add_argument(
+        "--train-model", type=Path, metavar="DIR", help="train the checkpoint from scratch (minutes) and write it"
+    )
+    action.add_argument("--measure", type=Path, metavar="DIR", help="measure the accuracies of an existing checkpoint")
+    data = parser.add_argument_group("data")
+    data.add_argument("--train-size", type=int, default=300, help="training questions (default: %(default)s)")
+    data.add_argument("--test-size", type=int, default=150, help="held-out questions (default: %(default)s)")
+    data.add_argument(
+        "--levels", type=parse_levels, default=parse_levels("1-6"), help="difficulty: 1-6 (default), 2-3 or 2,4,6"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the warm start (default: %(default)s)")
+    parser.add_argument(
+        "--error-scale",
+        type=float,
+        default=1.0,
+        help="factor on the error rates the model is warm-started with; above 1 it starts out worse (default: 1)",
+    )
+    model = parser.add_argument_group("model")
+    described = "; ".join(f"{name}: {flavour.description}" for name, flavour in FLAVOURS.items())
+    model.add_argument("--flavour", choices=sorted(FLAVOURS), default="plain", help=described)
+    model.add_argument("--steps", type=int, help="optimiser steps of the warm start (default: those of the recipe)")
+    model.add_argument(
+        "--threads", type=int, default=2, help="CPU threads; part of what fixes the bytes (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks; 0 on success."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not (args.out or args.train_model or args.measure):
+        parser.error("nothing to do: give --out, --train-model or --measure")
+    if args.error_scale < 0:
+        parser.error(f"--error-scale is {args.error_scale}; expected a number of at least 0")
+    try:
+        if args.out:
+            manifest = write_data(
+                args.out,
+                train_size=args.train_size,
+                test_size=args.test_size,
+                levels=args.levels,
+                seed=args.seed,
+                error_scale=args.error_scale,
+            )
+            print(f"{args.out}: {json.dumps(manifest['splits'])}")
+        if args.train_model:
+            _train_model(args)
+        if args.measure:
+            _measure(args.measure)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train_model(args: argparse.Namespace) -> None:
+    # Read when torch is first loaded: waiting threads sleep. Where they spin, a busy machine is ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from data_prep.tiny.sampling import measure
+    from data_prep.tiny.warm_start import WarmStart, save, train
+
+    steps = {} if args.steps is None else {"steps": args.steps}
+    settings = WarmStart(
+        flavour=args.flavour, error_scale=args.error_scale, seed=args.seed, threads=args.threads, **steps
+    )
+    model, tokenizer = train(settings)
+    accuracies = measure(model, tokenizer)
+    save(model, tokenizer, args.train_model, settings, accuracies)
+    print(f"{args.train_model}: {json.dumps(accuracies, indent=2)}")
+
+
+def _measure(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data_prep.tiny.sampling import measure
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no checkpoint (no config.json)")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print(f"{folder}: {json.dumps(measure(model, AutoTokenizer.from_pretrained(folder)), indent=2)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""From command-line overrides to one validated configuration, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipe import settings
+from verl_ext import config as distill
+from verl_ext.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+GROUPS = ("method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting")
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="distill_schema", node=distill.defaults())
+    store.store(name="run_schema", node=settings.defaults())
+    OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
+
+
+def choices(group: str) -> list[str]:
+    """Names of a group's presets."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def compose_config(overrides: Sequence[str], name: str = "train") -> DictConfig:
+    """Composes and checks the configuration.
+
+    Raises:
+        ConfigError: an override that does not exist, a wrong type or value; one message with what is allowed.
+    """
+    _register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base=None):
+            config = compose(config_name=name, overrides=[_ours(o) for o in overrides])
+    except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
+        raise ConfigError(_readable(error, overrides)) from error
+    check(config)
+    return config
+
+
+def _ours(override: str) -> str:
+    """`data=NAME` is our preset; without the package it would replace verl's own data block."""
+    return f"data@_global_={override[5:]}" if override.startswith("data=") else override
+
+
+def _readable(error: BaseException, overrides: Sequence[str]) -> str:
+    """Hydra's message in one line, and the presets that exist where a preset was asked for."""
+    text = " ".join(str(error.__cause__ or error).split())
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in GROUPS and value not in choices(key):
+            return f"{key}={value} does not exist; {key} is one of: {', '.join(choices(key))}"
+        if override.split("=")[0].strip("+~") and "=" not in override and not override.startswith("~"):
+            return f"{override!r} is not an override; write key=value"
+    if "Key '" in text and "is not in struct" in text:
+        key = text.split("Key '")[1].split("'")[0]
+        near = next((o for o in overrides if key in o), key)
+        return f"{near}: there is no key {key!r} there (a key that verl's YAML lacks is added with a leading +). {text}"
+    return text
+
+
+def check(config: DictConfig) -> None:
+    """Everything that can be known before Ray starts. Raises ConfigError."""
+    run = settings.RunConfig(**OmegaConf.to_container(config.run, resolve=True))
+    run.validate()
+    method = distill.distill_config(config.distill)
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    _check_batch(config)
+    if method.enabled:
+        _check_distillation(config, method)
+    missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith(("critic", "reward.reward_model"))]
+    if missing:
+        raise ConfigError(f"{sorted(missing)[0]} has no value")
+    if rollout.max_model_len and rollout.max_model_len < config.data.max_prompt_length + config.data.max_response_length:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len is {rollout.max_model_len}; allowed: at least "
+            f"data.max_prompt_length + data.max_response_length = "
+            f"{config.data.max_prompt_length + config.data.max_response_length}"
+        )
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        raise ConfigError(f"actor_rollout_ref.actor.strategy is {actor.strategy!r}; allowed: fsdp, fsdp2")
+
+
+def _check_batch(config: DictConfig) -> None:
+    actor, batch = config.actor_rollout_ref.actor, config.data.train_batch_size
+    if batch % actor.ppo_mini_batch_size:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size is {actor.ppo_mini_batch_size}; "
+            f"allowed: a divisor of data.train_batch_size = {batch}"
+        )
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    rows = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    if rows % ranks:
+        raise ConfigError(
+            f"a mini-batch has {actor.ppo_mini_batch_size} prompts x {config.actor_rollout_ref.rollout.n} rollouts = "
+            f"{rows} rows; allowed: a multiple of the {ranks} ranks"
+        )
+
+
+def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> None:
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    n = config.actor_rollout_ref.rollout.n
+    if method.context.kind == "sibling" and n < 2 and not (method.context.feedback or method.context.own_success):
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.n is {n}; allowed: at least 2 with context=sibling, because a row's "
+            "demonstration is another rollout of its group"
+        )
+    if actor.ulysses_sequence_parallel_size > 1:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size is {actor.ulysses_sequence_parallel_size}; "
+            "allowed: 1 with distillation (the support is kept per whole row)"
+        )
+    if actor.ppo_epochs != 1:
+        raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs is {actor.ppo_epochs}; allowed: 1 with distillation")
+    if model.use_fused_kernels:
+        raise ConfigError("actor_rollout_ref.model.use_fused_kernels is true; allowed: false (logits are needed)")
+    needs_reference = actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    if needs_reference and method.teacher.kind != "live":
+        raise ConfigError(
+            f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, because the "
+            "teacher stands in the reference policy's place"
+        )
+    if config.actor_rollout_ref.ref.fsdp_config.model_dtype != "fp32" and method.teacher.kind == "ema":
+        raise ConfigError(
+            f"actor_rollout_ref.ref.fsdp_config.model_dtype is {config.actor_rollout_ref.ref.fsdp_config.model_dtype!r}; "
+            "allowed: fp32 with an EMA teacher (bf16 does not follow slow averages)"
+        )
+
+
+def as_text(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(config, resolve=True)

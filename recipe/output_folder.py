@@ -1,0 +1,106 @@
+"""Is this output folder free, resumable, or another run's? Asked before anything is started."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from verl_ext.config import ConfigError
+
+MUST_AGREE = (
+    "distill.method",
+    "distill.teacher.kind",
+    "actor_rollout_ref.model.path",
+    "data.train_files",
+    "data.train_batch_size",
+    "actor_rollout_ref.rollout.n",
+    "run.seed",
+)
+MINIMUM_FREE = 500_000_000
+
+
+def check_output_folder(config: DictConfig, folder: Path) -> int:
+    """The step to resume from; 0 for a new run.
+
+    Raises:
+        ConfigError: the folder cannot be written, holds another run, one of another world size, a finished run or an
+            incomplete checkpoint; the message says which and what to do.
+    """
+    _check_writable(folder)
+    checkpoints = folder / "checkpoints"
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        if (folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
+                "choose another folder or remove this one"
+            )
+        return 0
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ConfigError(f"{tracker} holds {text!r}, expected a step number; write the last whole step into it")
+    step = int(text)
+    _check_same_run(config, folder)
+    _check_checkpoint(config, checkpoints / f"global_step_{step}")
+    if step >= config.run.steps:
+        raise ConfigError(
+            f"{folder} is finished: its checkpoint is at step {step} and run.steps is {config.run.steps}; "
+            "ask for more steps or choose another folder"
+        )
+    return step
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.output_dir {folder} cannot be written: {error.strerror}; choose another folder") from error
+    free = shutil.disk_usage(folder).free
+    if free < MINIMUM_FREE:
+        raise ConfigError(
+            f"run.output_dir {folder} has {free / 1e9:.1f} GB free, at least {MINIMUM_FREE / 1e9:.1f} GB are needed; "
+            "free some space or choose another disk"
+        )
+
+
+def _check_same_run(config: DictConfig, folder: Path) -> None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{folder} holds checkpoints but no config.yaml: not a run of ours; choose another folder")
+    before = OmegaConf.create(yaml.safe_load(path.read_text()))
+    for key in MUST_AGREE:
+        old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
+        if old != new:
+            raise ConfigError(
+                f"{folder} holds a run with {key}={old!r}, this one has {new!r}; "
+                "resume with the same value or choose another folder"
+            )
+
+
+def _check_checkpoint(config: DictConfig, folder: Path) -> None:
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    sizes = {
+        int(found.group(1))
+        for path in (folder / "actor").glob("model_world_size_*_rank_*.pt")
+        if (found := re.match(r"model_world_size_(\d+)_rank_", path.name))
+    }
+    if sizes and sizes != {ranks}:
+        raise ConfigError(
+            f"checkpoint {folder} was written by {min(sizes)} ranks, this run has {ranks}; "
+            f"set trainer.n_gpus_per_node x trainer.nnodes to {min(sizes)} or choose another folder"
+        )
+    wanted = [folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
+    if config.distill.coefficient > 0 and config.distill.teacher.kind == "ema":
+        wanted += [
+            folder / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)
+        ]
+    for path in wanted:
+        if not path.exists() or path.stat().st_size == 0:
+            raise ConfigError(f"checkpoint {folder} is incomplete: {path.name} is missing or empty; use an older one")

@@ -1,0 +1,58 @@
+"""The typed ``run`` block: where a run writes, how long it goes, on what it runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from verl_ext.config import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """Settings of one training run.
+
+    Attributes:
+        output_dir: folder of everything the run writes. A folder that holds checkpoints is resumed. None: a new one
+            under ``outputs/``.
+        seed: of data order, rollouts, demonstrations and initialisation.
+        steps: trainer steps in all.
+        val_every: validate every so many steps (-1: only at the ends).
+        val_before: validate before the first step.
+        val_samples: samples per question in validation (the k of mean@k).
+        save_every: checkpoint every so many steps (-1: none).
+        platform: ``cpu`` for a machine without an accelerator, None to let verl find one.
+        quiet: no line per step.
+        log_tail: lines of the log shown when something fails.
+        ray_num_cpus: logical CPUs of a Ray cluster that this run starts; None: as many as its actors ask for.
+    """
+
+    output_dir: str | None = None
+    seed: int = 0
+    steps: int = 40
+    val_every: int = 20
+    val_before: bool = True
+    val_samples: int = 8
+    save_every: int = -1
+    platform: str | None = None
+    quiet: bool = False
+    log_tail: int = 40
+    ray_num_cpus: int | None = None
+
+    def validate(self) -> None:
+        """Raises ConfigError with the key, the value and what is allowed."""
+        for key, low in (("steps", 1), ("val_samples", 1), ("log_tail", 0), ("seed", 0)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from {low}")
+        for key in ("val_every", "save_every"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1:
+                raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from 1, or -1 for never")
+        if self.platform not in (None, "cpu"):
+            raise ConfigError(f"run.platform is {self.platform!r}; allowed: cpu or null")
+
+
+def defaults() -> dict[str, Any]:
+    """Plain values for the Hydra config store."""
+    return asdict(RunConfig())

@@ -1,0 +1,203 @@
+"""Train: `python -m recipe.train method=sc_sdpo model=tiny data=tiny_world hardware=cpu`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from recipe.cluster import prepare_environment, ray_cluster
+from recipe.compose import GROUPS, choices, compose_config
+from recipe.console import RunConsole
+from recipe.output_folder import check_output_folder
+from recipe.report import build_report
+from recipe.run_files import RunFiles
+from verl_ext.config import ConfigError
+
+HELP = """Train a model by pass-rate-weighted on-policy self-distillation, on verl.
+
+  python -m recipe.train [group=preset ...] [key=value ...]
+
+Presets:
+{groups}
+
+Often used keys:
+  run.output_dir=DIR        where everything goes; a folder with checkpoints is resumed
+  run.steps=N               trainer steps in all
+  run.seed=N                data order, rollouts, demonstrations
+  run.val_every=N           validate every N steps (-1: never between the ends)
+  run.save_every=N          checkpoint every N steps (-1: never)
+  distill.weighting.alpha=A distill.weighting.beta=B     question weight p^A (1-p)^B
+  distill.teacher.update_rate=TAU                        EMA rate
+  trainer.n_gpus_per_node=N trainer.nnodes=M             ranks
+  actor_rollout_ref.*, data.*, algorithm.*, trainer.*    every key of verl's own configuration
+
+Options:
+  --cfg     print the composed configuration and stop
+  --help    this text
+"""
+
+
+class _Sink:
+    """Takes the trainer's metrics to the run's files and the terminal."""
+
+    def __init__(self, files: RunFiles, console: RunConsole, started: float, resume_step: int) -> None:
+        self.files, self.console, self.started = files, console, started
+        self.first_step = resume_step + 1
+        self.seconds_to_first_step: float | None = None
+        self.validation_seconds = 0.0
+        self.step_seconds: list[float] = []
+        self._before_training: dict[str, Any] = {}
+
+    def phase(self, text: str) -> None:
+        """A stage of the start."""
+        self.console.phase(text)
+
+    def warning(self, text: str) -> None:
+        """Something the user should see."""
+        self.console.note(f"warning: {text}")
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """One row of metrics.jsonl and one line on the terminal."""
+        row = step_record(values)
+        if "time/step" in row:
+            if self.seconds_to_first_step is None:
+                self.seconds_to_first_step = time.perf_counter() - self.started - self.validation_seconds
+            else:
+                self.step_seconds.append(row["time/step"])
+        elif step == 0:
+            self.validation_seconds += row.get("time/validation", 0.0)
+        record = self.files.append_metrics(step, row)
+        if step >= self.first_step or "time/step" not in row:
+            self.console.step_line(record)
+
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        """Sampled completions."""
+        self.files.append_completions(rows)
+
+
+def step_record(values: dict[str, Any]) -> dict[str, Any]:
+    """verl's metric names to ours where both mean the same; everything else is kept as it is."""
+    renamed = {
+        "critic/score/mean": "reward/mean",
+        "response_length/mean": "response/length",
+        "response_length/clip_ratio": "response/truncated",
+        "timing_s/gen": "time/rollout",
+        "timing_s/plan": "time/plan",
+        "timing_s/student_pass": "time/student_pass",
+        "timing_s/old_log_prob": "time/student_pass",
+        "timing_s/teacher_pass": "time/teacher_pass",
+        "timing_s/update_actor": "time/update",
+        "timing_s/teacher_update": "time/teacher_update",
+        "timing_s/update_weights": "time/weight_sync",
+        "timing_s/save_checkpoint": "time/checkpoint",
+        "timing_s/testing": "time/validation",
+        "timing_s/step": "time/step",
+    }
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
+def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]:
+    """One training run; starts and ends cleanly, inside an existing Ray cluster or with one of its own.
+
+    Returns:
+        the summary: method, steps, metric, before, after, seconds_to_first_step, seconds_per_step, report.
+
+    Raises:
+        ConfigError: the configuration, the output folder or the cluster does not fit.
+    """
+    started = time.perf_counter()
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    output = _output_folder(config)
+    resume_step = check_output_folder(config, output)
+    files = RunFiles(output)
+    with files, console or RunConsole(
+        files.log_path,
+        config.run.steps,
+        config.run.quiet,
+        start_step=resume_step,
+        tail_lines=config.run.log_tail,
+    ) as screen:
+        if resume_step:
+            files.truncate_to_step(resume_step)
+            screen.note(f"resuming after step {resume_step} of {config.run.steps} from {output}")
+        files.write_config(OmegaConf.to_container(config, resolve=True))
+        sink = _Sink(files, screen, started, resume_step)
+        screen.phase("starting Ray")
+        with ray_cluster(config):
+            from verl_ext.session import run_session
+
+            run_session(config, sink, seed=config.run.seed)
+        summary = _summary(config, files, sink)
+        files.write_summary(summary)
+        summary["report"] = str(build_report(output))
+        files.write_summary(summary)
+        screen.summary(summary)
+    return summary
+
+
+def _output_folder(config: DictConfig) -> Path:
+    if config.run.output_dir is None:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.distill.method}-seed{config.run.seed}"
+        with open_dict(config):
+            config.run.output_dir = str(Path("outputs") / name)
+    with open_dict(config):
+        config.run.output_dir = str(Path(config.run.output_dir).absolute())
+    return Path(config.run.output_dir)
+
+
+def _summary(config: DictConfig, files: RunFiles, sink: _Sink) -> dict[str, Any]:
+    records = files.read_metrics()
+    metric = f"val/mean@{config.run.val_samples}"
+    measured = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
+    steps = sink.step_seconds
+    return {
+        "method": config.distill.method,
+        "steps": max((record["step"] for record in records), default=0),
+        "metric": metric,
+        "before": measured[0][1] if measured and measured[0][0] == 0 else None,
+        "after": measured[-1][1] if measured and measured[-1][0] > 0 else None,
+        "seconds_to_first_step": round(sink.seconds_to_first_step, 2) if sink.seconds_to_first_step else None,
+        "seconds_per_step": round(sum(steps) / len(steps), 3) if steps else None,
+        "report": "",
+    }
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    return HELP.format(groups="\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in GROUPS))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(help_text())
+        return 0
+    try:
+        config = compose_config([argument for argument in arguments if argument != "--cfg"])
+        if "--cfg" in arguments:
+            print(OmegaConf.to_yaml(config, resolve=True))
+            return 0
+        prepare_environment(config.run.platform)
+        run(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # The console has shown it, with the log; a second trace would bury that.
+        print(json.dumps({"error": type(error).__name__}), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What upstream verl lacks for pass-rate-weighted on-policy self-distillation. Importing this package is free."""

