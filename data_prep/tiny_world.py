@@ -135,6 +135,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("nothing to do: give --out, --train-model or --measure")
     if args.error_scale < 0:
         parser.error(f"--error-scale is {args.error_scale}; expected a number of at least 0")
+    if args.threads < 1 or (args.steps is not None and args.steps < 1):
+        parser.error(f"--threads is {args.threads} and --steps is {args.steps}; expected at least 1")
+    # Read when torch is first loaded: waiting threads sleep. Where they spin, a busy machine is ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if args.out:
             manifest = write_data(
@@ -157,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train_model(args: argparse.Namespace) -> None:
-    # Read when torch is first loaded: waiting threads sleep. Where they spin, a busy machine is ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from data_prep.tiny.sampling import measure
     from data_prep.tiny.warm_start import WarmStart, save, train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,20 @@ def compose_config(overrides: Sequence[str], name: str = "train") -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base=None):
-            config = compose(config_name=name, overrides=[_ours(o) for o in overrides])
+            search_path = f"hydra.searchpath=[file://{_verl_config()}]"
+            config = compose(config_name=name, overrides=[search_path, *(_ours(o) for o in overrides)])
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(error, overrides)) from error
     check(config)
     return config
+
+
+def _verl_config() -> Path:
+    """verl's YAML, found without importing verl: the import reads the environment that the configuration decides."""
+    spec = find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("verl is not installed; run scripts/setup.sh")
+    return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
 def _ours(override: str) -> str:

@@ -7,10 +7,10 @@ usage() {
 Usage: scripts/setup.sh [--cpu | --cuda] [--force] [--help]
 
 Makes .venv and installs the locked stack into it: the CUDA one where an NVIDIA GPU is found, else the CPU one.
-Running it again does nothing while the lock is unchanged, and repairs an interrupted installation.
+Running it again does nothing while the lock is unchanged; an interrupted or damaged installation is made anew.
 
   --cpu, --cuda   take this stack instead of the detected one
-  --force         check and install again even if nothing seems to have changed
+  --force         install what is missing and check every file, even if nothing seems to have changed
   --help          show this text
 
 Environment:
@@ -228,19 +228,21 @@ if torch.__version__.split("+cu")[0] != dict(wanted)["torch"]:  # the CUDA build
 for problem in problems:
     print(problem)
 if problems:
-    sys.exit("The environment is not what the lock says; scripts/setup.sh starts afresh next time.")
+    sys.exit("The environment is not what the lock says.")
 EOF
 
 # ---------------------------------------------------------------- install
 if [[ $current == 0 ]]; then
   say "$variant stack ($why), $("$python" --version) at $python, into $VENV"
+  fresh=0
   if [[ -e $incomplete ]]; then
-    say "the last set-up was interrupted: starting afresh (pip keeps what was downloaded)"
-    "$python" -m venv --clear "$VENV"
+    say "the last set-up did not finish: starting afresh (pip keeps what was downloaded)"
+    fresh=1
   elif [[ ! -x $VENV/bin/python ]] || ! grep -qxF "$VENV" <("$VENV/bin/python" -c 'import sys; print(sys.prefix)' 2>/dev/null); then
     # Also where the folder was copied or its interpreter is gone.
-    "$python" -m venv --clear "$VENV"
+    fresh=1
   fi
+  if [[ $fresh == 1 ]]; then "$python" -m venv --clear "$VENV"; fi
   touch "$incomplete"
 
   build=(pip setuptools wheel)
@@ -254,8 +256,10 @@ if [[ $current == 0 ]]; then
   if ! step "torch" pip_install --require-hashes -r "$work/torch.txt"; then
     if [[ $variant == cpu ]] && grep -q 'No matching distribution found' "$log"; then
       say "pip's configured indexes do not have $(sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$work/torch.txt"): adding PyTorch's CPU index, for torch alone"
-      step "torch" pip_install --require-hashes --extra-index-url https://download.pytorch.org/whl/cpu -r "$work/torch.txt" ||
+      if ! step "torch" pip_install --require-hashes --extra-index-url https://download.pytorch.org/whl/cpu -r "$work/torch.txt"; then
+        say "a folder that holds the wheel will do as well: PIP_FIND_LINKS=folder scripts/setup.sh"
         explain "installing torch"
+      fi
     else
       explain "installing torch"
     fi
@@ -267,7 +271,13 @@ if [[ $current == 0 ]]; then
   step "byte code" "$VENV/bin/python" -c '
 import compileall, sys
 compileall.compile_dir(sys.argv[1], quiet=2, workers=0)' "$VENV/lib/python3.11/site-packages" || explain "compiling byte code"
-  step "check" "$VENV/bin/python" "$work/check.py" "$lock" "$REPO" || explain "checking the installation"
+  if ! step "check" "$VENV/bin/python" "$work/check.py" "$lock" "$REPO"; then
+    [[ $fresh == 0 ]] || explain "checking the installation"
+    sed 's/^/[setup]   | /' "$log"
+    say "this environment is damaged: starting afresh"
+    stop
+    exec "$REPO/scripts/setup.sh" "--$variant"
+  fi
 
   printf 'variant=%s\ndigest=%s\n' "$variant" "$digest" >"$stamp"
   rm -f "$incomplete"

@@ -375,6 +375,34 @@ class DistillTrainer(PPOTrainerSync):
             return batch
         return super()._compute_old_log_prob(batch, metrics)
 
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Advantages from rewards alone, before any log-probability exists; verl's own where it needs more."""
+        if not self.distill.enabled and not self._reuses_log_probs:
+            return super()._compute_advantage(batch, metrics)
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", "response_mask", "rm_scores"]
+        )
+        mask = data["response_mask"]
+        uids = np.array([str(uid) for uid in list(data.pop("uid"))], dtype=object)
+        rows = DataProto(batch=data.to_padded_tensor(), non_tensor_batch={"uid": uids})
+        rows.batch["token_level_rewards"] = rows.batch["token_level_scores"] = rows.batch["rm_scores"]
+        algorithm = self.config.algorithm
+        rows = compute_advantage_for_multi_trajectories(
+            rows,
+            batch_keys=batch.keys,
+            adv_estimator=algorithm.adv_estimator,
+            gamma=algorithm.gamma,
+            lam=algorithm.lam,
+            num_repeat=self.config.actor_rollout_ref.rollout.n,
+            norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
+            config=algorithm,
+        )
+        fields = {name: response_to_nested(rows.batch[name], mask) for name in ("advantages", "returns")}
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch.keys))
+        )
+        return batch
+
     def _rollout_correction(self, work: KVBatchMeta, correction: Any, metrics: dict) -> None:
         """verl's truncated rollout-to-train ratio, on the rows that are forwarded."""
         data = tq.kv_batch_get(
