@@ -100,7 +100,11 @@ def step_record(values: dict[str, Any]) -> dict[str, Any]:
         "timing_s/testing": "time/validation",
         "timing_s/step": "time/step",
     }
-    return {renamed.get(key, key): value for key, value in values.items()}
+    record = {renamed.get(key, key): value for key, value in values.items()}
+    successes = sorted(key for key in record if key.startswith("pass_rate/successes_"))
+    if successes:
+        record["pass_rate/histogram"] = [record.pop(key) for key in successes]
+    return record
 
 
 def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]:

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 
 from verl_ext.contexts import PromptTokenizer, RowContext, build_contexts
-from verl_ext.pass_rates import GroupPassRates, group_pass_rates, pass_rate_histogram, pass_rate_metrics, success_mask
+from verl_ext.pass_rates import GroupPassRates, group_pass_rates, pass_rate_metrics, success_mask
 from verl_ext.weighting import effective_sample_size, question_weights
 
 # verl reduces a list of metric values by substrings of its name ("max", "min"), so no key of ours contains either.
-_RATE_BINS = 8
 
 
 @dataclass(frozen=True)
@@ -310,12 +309,16 @@ def _question_keys(batch: RowBatch, pick: list[int], question: np.ndarray) -> li
 
 
 def _rate_metrics(rates: GroupPassRates) -> dict[str, float]:
-    """Spread of the pass rates, a histogram of them (counts of questions, by the bin's lower edge), verifier errors."""
+    """Spread of the pass rates, questions by number of successes, verifier errors.
+
+    A group that lost rollouts counts at the nearest number of successes of a whole one.
+    """
     rates_P = rates.rates_P.sort().values  # sorted, so that rounding does not depend on the order of the batch
-    edges, counts = pass_rate_histogram(rates_P, bins=_RATE_BINS)
+    group = int(rates.counts_P.max()) if len(rates.counts_P) else 0
+    successes = torch.bincount((rates_P[~rates_P.isnan()] * group).round().to(torch.int64), minlength=group + 1)
     return {
         **{f"pass_rate/{name}": value for name, value in pass_rate_metrics(rates_P).items()},
-        **{f"pass_rate/questions_from_{edge:.3f}": float(count) for edge, count in zip(edges, counts, strict=False)},
+        **{f"pass_rate/successes_{k:02d}": float(count) for k, count in enumerate(successes.tolist())},
         "pass_rate/rows_with_verifier_error": float(rates.errors_P.sum()),
     }
 
@@ -324,8 +327,8 @@ def _weight_metrics(weights_P: torch.Tensor, rates: GroupPassRates) -> dict[str,
     """Over the questions with a verdict. Effective questions: the sample size that the weights leave."""
     weights = weights_P[~rates.rates_P.isnan()].sort().values
     return {
-        "weighting/mean": float(weights.mean()) if len(weights) else 0.0,
-        "weighting/largest": float(weights[-1]) if len(weights) else 0.0,
-        "weighting/active_share": float((weights > 0).sum()) / len(weights) if len(weights) else 0.0,
-        "weighting/effective_questions": effective_sample_size(weights),
+        "weight/mean": float(weights.mean()) if len(weights) else 0.0,
+        "weight/largest": float(weights[-1]) if len(weights) else 0.0,
+        "weight/active_share": float((weights > 0).sum()) / len(weights) if len(weights) else 0.0,
+        "weight/effective_sample_size": effective_sample_size(weights),
     }

@@ -29,7 +29,10 @@ def test_warm_start_is_deterministic(tmp_path):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return AutoModelForCausalLM.from_pretrained(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two spinning threads are many times slower on a busy machine
+    yield AutoModelForCausalLM.from_pretrained(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
+    torch.set_num_threads(threads)
 
 
 def test_checkpoint_is_what_verl_and_vllm_expect(shipped):
