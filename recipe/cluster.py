@@ -5,9 +5,11 @@ verl waits for ever when an actor's resources do not exist, so the arithmetic is
 
 from __future__ import annotations
 
+import importlib
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -83,6 +85,35 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def importing(module: str) -> Iterator[None]:
+    """Imports a slow module in a thread while Ray starts. An error of the import shows where the module is used."""
+    thread = threading.Thread(target=lambda: suppressed_import(module), name=f"import {module}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def suppressed_import(module: str) -> None:
+    """The real import statement comes later in the main thread and raises the same error there."""
+    with suppress(Exception):
+        importlib.import_module(module)
+
+
+def start_agent_loops(config: DictConfig) -> list[Any] | None:
+    """Agent-loop processes that import while the workers are built; None where verl's own manager is used."""
+    agent = config.actor_rollout_ref.rollout.agent
+    if agent.get("agent_loop_manager_class") != "verl_ext.agent_loops.GroupedAgentLoopManager":
+        return None
+    import ray
+
+    from verl_ext.agent_loop_host import AgentLoopHost
+
+    return [ray.remote(AgentLoopHost).options(num_cpus=1).remote() for _ in range(agent.num_workers)]
 
 
 def _ray_init_settings(config: DictConfig, environment: dict[str, str]) -> dict[str, Any]:

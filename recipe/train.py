@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipe.cluster import prepare_environment, ray_cluster
+from recipe.cluster import importing, prepare_environment, ray_cluster, start_agent_loops
 from recipe.compose import GROUPS, choices, compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
@@ -117,6 +117,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         ConfigError: the configuration, the output folder or the cluster does not fit.
     """
     started = time.perf_counter()
+    prepare_environment(config.run.platform)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     output = _output_folder(config)
     resume_step = check_output_folder(config, output)
@@ -134,10 +135,11 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         files.write_config(OmegaConf.to_container(config, resolve=True))
         sink = _Sink(files, screen, started, resume_step)
         screen.phase("starting Ray")
-        with ray_cluster(config):
+        with importing("verl_ext.session"), ray_cluster(config):
+            hosts = start_agent_loops(config)
             from verl_ext.session import run_session
 
-            run_session(config, sink, seed=config.run.seed)
+            run_session(config, sink, seed=config.run.seed, hosts=hosts)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         summary["report"] = str(build_report(output))

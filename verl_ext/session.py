@@ -16,13 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 from ray.util.placement_group import remove_placement_group
 from verl.utils.import_utils import load_class_from_fqn
 
+from verl_ext.agent_loops import GroupedAgentLoopManager, OneServerClient
 from verl_ext.trainer import DistillTrainer, StepSink
 
 SECONDS_TO_END = 30
 
 
-def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0) -> DistillTrainer:
+def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0, hosts: list[Any] | None = None) -> DistillTrainer:
     """Trains to the end of the configured steps. Ray must be initialised.
+
+    Args:
+        hosts: agent-loop processes that were started ahead of time (:mod:`verl_ext.agent_loop_host`).
 
     Everything the session started is ended when it returns or raises; the cluster itself stays.
     """
@@ -37,7 +41,7 @@ def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0) -> Distill
         sink.phase("starting student, teacher and rollout workers")
         trainer.init()
         sink.phase("starting agent loops")
-        agent_loops = _agent_loops(config, trainer)
+        agent_loops = _agent_loops(config, trainer, hosts)
         sink.phase("training")
         trainer.fit(agent_loops)
         succeeded = True
@@ -46,27 +50,35 @@ def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0) -> Distill
         tracker = getattr(trainer, "_logger", None)
         if tracker is not None:
             tracker.finish(exit_code=0 if succeeded else 1)
-        _end(trainer, agent_loops)
+        _end(trainer, agent_loops, hosts)
         tq.close()
         _wait_for_resources(free_before)
 
 
-def _agent_loops(config: DictConfig, trainer: DistillTrainer) -> Any:
+def _agent_loops(config: DictConfig, trainer: DistillTrainer, hosts: list[Any] | None) -> Any:
     from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 
     name = config.actor_rollout_ref.rollout.get("agent", {}).get("agent_loop_manager_class")
     manager = load_class_from_fqn(name, "AgentLoopManager") if name else AgentLoopManagerTQ
+    client = trainer.get_llm_client()
+    extra: dict[str, Any] = {}
+    if issubclass(manager, GroupedAgentLoopManager):
+        extra["hosts"] = hosts
+        servers = trainer.llm_server_manager.server_handles
+        client = OneServerClient(client, servers[0]) if len(servers) == 1 else client
     return manager.create(
         config=config,
-        llm_client=trainer.get_llm_client(),
+        llm_client=client,
         teacher_client=trainer.get_teacher_client(),
         reward_loop_worker_handles=trainer.get_reward_handles(),
+        **extra,
     )
 
 
-def _end(trainer: DistillTrainer | None, agent_loops: Any) -> None:
+def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any] | None) -> None:
     """Ends every actor of the session, rollout servers last so that nobody asks them any more."""
-    actors: list[Any] = list(getattr(agent_loops, "agent_loop_workers", None) or [])
+    actors: list[Any] = list(hosts or [])
+    actors += [worker for worker in getattr(agent_loops, "agent_loop_workers", None) or [] if worker not in actors]
     actors += getattr(getattr(trainer, "reward_loop_manager", None), "reward_loop_worker_handles", None) or []
     actors += getattr(getattr(trainer, "actor_rollout_wg", None), "workers", None) or []
     servers = getattr(trainer, "llm_server_manager", None)
