@@ -104,18 +104,6 @@ def suppressed_import(module: str) -> None:
         importlib.import_module(module)
 
 
-def start_agent_loops(config: DictConfig) -> list[Any] | None:
-    """Agent-loop processes that import while the workers are built; None where verl's own manager is used."""
-    agent = config.actor_rollout_ref.rollout.agent
-    if agent.get("agent_loop_manager_class") != "verl_ext.agent_loops.GroupedAgentLoopManager":
-        return None
-    import ray
-
-    from verl_ext.agent_loop_host import AgentLoopHost
-
-    return [ray.remote(AgentLoopHost).options(num_cpus=1).remote() for _ in range(agent.num_workers)]
-
-
 def _ray_init_settings(config: DictConfig, environment: dict[str, str]) -> dict[str, Any]:
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 

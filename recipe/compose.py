@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe import settings
+from recipe import sample_settings, settings
 from verl_ext import config as distill
 from verl_ext.config import ConfigError
 
@@ -27,6 +27,7 @@ def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="distill_schema", node=distill.defaults())
     store.store(name="run_schema", node=settings.defaults())
+    store.store(name="sample_schema", node=sample_settings.defaults())
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
 
 

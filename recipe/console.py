@@ -53,18 +53,20 @@ class RunConsole:
         quiet: bool = False,
         *,
         start_step: int = 0,
+        unit: str = "step",
         terminal: bool | None = None,
         width: int | None = None,
         tail_lines: int = 25,
     ) -> None:
         """``quiet`` leaves only the summary and failures; ``start_step`` is the checkpoint's step of a resumed run.
 
-        ``terminal`` and ``width`` override what is found by looking at standard output.
+        ``unit`` names what is counted, ``terminal`` and ``width`` override what is found by looking at standard output.
         """
         self.log_path = Path(log_path)
         self.total_steps = total_steps
         self.quiet = quiet
         self.start_step = start_step
+        self.unit = unit
         self.tail_lines = tail_lines
         self._terminal_wanted = terminal
         self._width_wanted = width
@@ -128,8 +130,8 @@ class RunConsole:
                     if isinstance(error, Exception):
                         self.failure(error)
                     elif isinstance(error, KeyboardInterrupt):
-                        done = f"interrupted after step {self._last_step} of {self.total_steps}; log: {self.log_path}"
-                        self._write(self._err, done)
+                        done = f"interrupted after {self.unit} {self._last_step} of {self.total_steps}"
+                        self._write(self._err, f"{done}; log: {self.log_path}")
         finally:
             cleanup, self._cleanup = self._cleanup, None
             with self._lock:
@@ -246,6 +248,18 @@ class RunConsole:
             if self._progress is not None:
                 self._progress.update(self._task, description=_one_line(text), refresh=True)
 
+    def progress(self, done: int, text: str, seconds_left: float | None = None) -> None:
+        """Work that has no steps: moves the bar where there is one, else writes a line (how often is the caller's)."""
+        with self._lock:
+            self._last_step = done
+            self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
+            left = "" if seconds_left is None else f"  {format_seconds(seconds_left)} left"
+            self._to_log(f"{done}/{self.total_steps}  {_one_line(text)}{left}")
+            if self._progress is not None:
+                self._progress.update(self._task, completed=done, description=_one_line(text), refresh=True)
+            else:
+                self._line(f"{done:>10}/{self.total_steps}  {_one_line(text)}{left}")
+
     def step_line(self, metrics: Mapping[str, Any]) -> str:
         """Print the line of one step (``metrics`` holds ``step``); returns it."""
         with self._lock:
@@ -283,7 +297,8 @@ class RunConsole:
             shown = relevant_lines(self._log_lines(), self.tail_lines, errors_only=True)
             shown = shown or relevant_lines(trace.split("\n"), self.tail_lines)
             self._to_log(trace)
-            where = f" after step {self._last_step} of {self.total_steps}" if self._step_lines else ""
+            counted = self._step_lines or self._last_step > self.start_step
+            where = f" after {self.unit} {self._last_step} of {self.total_steps}" if counted else ""
             lines = [f"The run failed{where}: {_headline(error)}"]
             if shown:
                 lines += ["", "What explains it, from the log:", *(f"  | {line}" for line in shown)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipe.cluster import importing, prepare_environment, ray_cluster, start_agent_loops
+from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.compose import GROUPS, choices, compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
@@ -53,7 +53,7 @@ class _Sink:
         self.seconds_to_first_step: float | None = None
         self.validation_seconds = 0.0
         self.step_seconds: list[float] = []
-        self._before_training: dict[str, Any] = {}
+        self._validation: float | None = None
 
     def phase(self, text: str) -> None:
         """A stage of the start."""
@@ -63,6 +63,12 @@ class _Sink:
         """Something the user should see."""
         self.console.note(f"warning: {text}")
 
+    def validated(self, seconds: float) -> None:
+        """Validation before the first step is not part of the time to it."""
+        self._validation = seconds
+        if self.seconds_to_first_step is None:
+            self.validation_seconds += seconds
+
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One row of metrics.jsonl and one line on the terminal."""
         row = step_record(values)
@@ -71,8 +77,9 @@ class _Sink:
                 self.seconds_to_first_step = time.perf_counter() - self.started - self.validation_seconds
             else:
                 self.step_seconds.append(row["time/step"])
-        elif step == 0:
-            self.validation_seconds += row.get("time/validation", 0.0)
+        if "time/validation" not in row and self._validation is not None:
+            row["time/validation"] = self._validation
+        self._validation = None
         record = self.files.append_metrics(step, row)
         if step >= self.first_step or "time/step" not in row:
             self.console.step_line(record)
@@ -136,10 +143,12 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         sink = _Sink(files, screen, started, resume_step)
         screen.phase("starting Ray")
         with importing("verl_ext.session"), ray_cluster(config):
-            hosts = start_agent_loops(config)
+            from verl_ext import early
+
+            hosts = early.start(config)
             from verl_ext.session import run_session
 
-            run_session(config, sink, seed=config.run.seed, hosts=hosts)
+            run_session(config, sink, hosts, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         summary["report"] = str(build_report(output))

@@ -165,7 +165,7 @@ class GroupedAgentLoopManager(AgentLoopManagerTQ):
     @classmethod
     @auto_await
     async def create(cls, *args: Any, hosts: list[Any] | None = None, **kwargs: Any) -> GroupedAgentLoopManager:
-        """``hosts``: :class:`verl_ext.agent_loop_host.AgentLoopHost` actors that wait; else they are started here."""
+        """``hosts``: :class:`verl_ext.early.AgentLoopHost` actors that wait; else they are started here."""
         instance = cls(*args, **kwargs)
         instance.hosts = hosts or []
         await instance._init_agent_loop_workers()
@@ -178,6 +178,5 @@ class GroupedAgentLoopManager(AgentLoopManagerTQ):
             return
         self.agent_loop_workers = self.hosts
         for host in self.hosts:
-            await host.attach.remote(
-                self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles
-            )
+            # Not awaited: the first batch waits for it.
+            host.attach.remote(self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles)

@@ -221,12 +221,14 @@ class DistillConfig:
         reuse_log_probs: skip verl's separate old-log-prob pass where there is one optimiser step per batch, because
             the ratio is 1 there: ``auto`` (when nothing else needs the pass) or ``never``.
         poll_interval: seconds between looks at the finished rollouts (verl: 2).
+        fingerprints: write SHA-256 of every rank's student and teacher weights with each step, to compare runs.
     """
 
     method: str = "custom"
     coefficient: float = 1.0
     reuse_log_probs: str = "auto"
     poll_interval: float = 0.05
+    fingerprints: bool = False
     sequences: SequencesConfig = field(default_factory=SequencesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     context: ContextConfig = field(default_factory=ContextConfig)

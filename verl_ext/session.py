@@ -6,7 +6,9 @@ progress and Ctrl-C where the user is.
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import logging
+import threading
 import time
 from typing import Any
 
@@ -19,26 +21,28 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl_ext.agent_loops import GroupedAgentLoopManager, OneServerClient
 from verl_ext.trainer import DistillTrainer, StepSink
 
+logger = logging.getLogger(__name__)
+
 SECONDS_TO_END = 30
+ROLLOUT_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 
-def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0, hosts: list[Any] | None = None) -> DistillTrainer:
-    """Trains to the end of the configured steps. Ray must be initialised.
+def run_session(config: DictConfig, sink: StepSink, hosts: list[Any], *, seed: int = 0) -> DistillTrainer:
+    """Trains to the end of the configured steps.
 
     Args:
-        hosts: agent-loop processes that were started ahead of time (:mod:`verl_ext.agent_loop_host`).
+        hosts: what :func:`verl_ext.early.start` returned; it must have been called before.
 
     Everything the session started is ended when it returns or raises; the cluster itself stays.
     """
-    config.transfer_queue.enable = True
     OmegaConf.resolve(config)
-    free_before = ray.available_resources()
-    tq.init(config.transfer_queue)
     trainer, agent_loops = None, None
     succeeded = False
     try:
         trainer = DistillTrainer(config, sink, seed=seed)
         sink.phase("starting student, teacher and rollout workers")
+        # The driver waits for the model workers for a while: time for the import that comes after them.
+        threading.Thread(target=importlib.import_module, args=(ROLLOUT_SERVER,), daemon=True).start()
         trainer.init()
         sink.phase("starting agent loops")
         agent_loops = _agent_loops(config, trainer, hosts)
@@ -52,10 +56,10 @@ def run_session(config: DictConfig, sink: StepSink, *, seed: int = 0, hosts: lis
             tracker.finish(exit_code=0 if succeeded else 1)
         _end(trainer, agent_loops, hosts)
         tq.close()
-        _wait_for_resources(free_before)
+        _wait_for_resources()
 
 
-def _agent_loops(config: DictConfig, trainer: DistillTrainer, hosts: list[Any] | None) -> Any:
+def _agent_loops(config: DictConfig, trainer: DistillTrainer, hosts: list[Any]) -> Any:
     from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 
     name = config.actor_rollout_ref.rollout.get("agent", {}).get("agent_loop_manager_class")
@@ -75,9 +79,9 @@ def _agent_loops(config: DictConfig, trainer: DistillTrainer, hosts: list[Any] |
     )
 
 
-def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any] | None) -> None:
+def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any]) -> None:
     """Ends every actor of the session, rollout servers last so that nobody asks them any more."""
-    actors: list[Any] = list(hosts or [])
+    actors: list[Any] = list(hosts)
     actors += [worker for worker in getattr(agent_loops, "agent_loop_workers", None) or [] if worker not in actors]
     actors += getattr(getattr(trainer, "reward_loop_manager", None), "reward_loop_worker_handles", None) or []
     actors += getattr(getattr(trainer, "actor_rollout_wg", None), "workers", None) or []
@@ -92,12 +96,13 @@ def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any] | No
             remove_placement_group(group)
 
 
-def _wait_for_resources(before: dict[str, float]) -> None:
-    """The next session may start at once: its resources must be free again."""
+def _wait_for_resources() -> None:
+    """The next session may start at once: what this one held must be free again."""
+    held = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
     deadline = time.monotonic() + SECONDS_TO_END
     while time.monotonic() < deadline:
-        now = ray.available_resources()
-        if all(now.get(name, 0.0) >= before.get(name, 0.0) for name in ("CPU", "GPU")):
+        free = ray.available_resources()
+        if all(free.get(name, 0.0) >= amount for name, amount in held.items()):
             return
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(0.1)
+        time.sleep(0.1)
+    logger.warning("some actors still hold resources %s s after the session's end", SECONDS_TO_END)

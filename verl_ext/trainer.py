@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +22,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils.debug import marked_timer
@@ -38,7 +37,6 @@ from verl_ext.config import distill_config
 from verl_ext.loss import ROWS, TOKENS, WEIGHT
 from verl_ext.packing import to_jagged
 from verl_ext.passes import ROW_ID
-from verl_ext.replay_buffer import FastReplayBuffer
 from verl_ext.rollout_rows import RolloutRows, read_rows
 from verl_ext.validation import validation_metrics
 from verl_ext.worker import MINI_BATCH, TEACHER_PROMPT, DistillWorker
@@ -52,6 +50,15 @@ class StepSink(Protocol):
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Sampled rollouts with their teacher context."""
+
+    def phase(self, text: str) -> None:
+        """A stage of the start."""
+
+    def warning(self, text: str) -> None:
+        """Something the user should see at once."""
+
+    def validated(self, seconds: float) -> None:
+        """A validation took so long."""
 
 
 class _Tee:
@@ -96,8 +103,9 @@ class DistillTrainer(PPOTrainerSync):
         # ``fit`` builds its tracker itself; this is where ours joins it.
         self._logger = _Tee(tracker, self.sink)
 
-    def _build_replay_buffer(self) -> FastReplayBuffer:
+    def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
+        # verl's 2 s would be most of a tiny step, and its YAML has no key for it.
         buffer.poll_interval = self.distill.poll_interval
         return buffer
 
@@ -452,6 +460,15 @@ class DistillTrainer(PPOTrainerSync):
             tags=[batch.tags[i] for i in real],
         )
 
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        if self.distill.fingerprints:
+            self._pending_sync_metrics = {
+                f"fingerprint/{name}_{rank}": value
+                for rank, parts in enumerate(self.actor_rollout_wg.digests())
+                for name, value in parts.items()
+            }
+
     def _skip(self, metrics: dict) -> None:
         """No row of the batch has a signal: no optimiser step, the teacher stays, the schedule goes on."""
         self.actor_rollout_wg.skip_update()
@@ -498,7 +515,7 @@ class DistillTrainer(PPOTrainerSync):
         )
 
     def _measure_gap(self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, metrics: dict) -> None:
-        """Teacher gap, mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right and on wrong answers."""
+        """Teacher gap: mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers (and on wrong ones)."""
         metrics.update(getattr(self, "_self_check", {}))
         self._self_check = {}
         data = tq.kv_batch_get(
@@ -508,15 +525,15 @@ class DistillTrainer(PPOTrainerSync):
         right = rows.rewards >= self.distill.context.success_threshold
         known = ~torch.isnan(gaps) & (row_ids >= 0)
         gaps, is_right = gaps[known], right[row_ids[known]]
-        for name, part in (("right", gaps[is_right]), ("wrong", gaps[~is_right])):
+        for name, part in (("gap", gaps[is_right]), ("gap_wrong", gaps[~is_right])):
             if len(part):
-                metrics[f"teacher/gap_{name}"] = float(part.mean())
-        if len(gaps):
-            metrics["teacher/gap"] = float(gaps.mean())
+                metrics[f"teacher/{name}"] = float(part.mean())
+                metrics[f"teacher/{name}_median"] = float(part.median())
         if self._gap_measured or not is_right.any():
             return
         self._gap_measured = True
-        gap, action = metrics["teacher/gap_right"], self.distill.teacher.on_negative_gap
+        # The median: a few answers that are right by luck, with wrong steps, would decide a mean.
+        gap, action = metrics["teacher/gap_median"], self.distill.teacher.on_negative_gap
         if gap < 0 and action != "ignore":
             message = (
                 f"the teacher with its context finds the student's right answers less likely than the student does "
@@ -528,6 +545,14 @@ class DistillTrainer(PPOTrainerSync):
             self.sink.warning(message)
 
     # -------------------------------------------------------------------------------------------------- validation
+
+    def on_validate_begin(self) -> None:
+        super().on_validate_begin()
+        self._validation_started = time.perf_counter()
+
+    def on_validate_end(self) -> None:
+        super().on_validate_end()
+        self.sink.validated(time.perf_counter() - self._validation_started)
 
     def _val_metrics_update(
         self,
@@ -588,8 +613,3 @@ class DistillTrainer(PPOTrainerSync):
                 for i in chosen.tolist()
             ]
         )
-
-    @contextmanager
-    def digesting(self) -> Iterator[list[dict[str, str]]]:
-        """Fingerprints of all ranks' weights (for tests and comparisons)."""
-        yield self.actor_rollout_wg.digests()
