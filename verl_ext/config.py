@@ -18,6 +18,7 @@ TEACHERS = ("ema", "frozen", "live")
 CONTEXTS = ("sibling", "none")
 DEMONSTRATIONS = ("first", "random", "shortest")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean")
+CARRIERS = ("loss", "advantage")
 ON_NEGATIVE_GAP = ("warn", "stop", "ignore")
 
 
@@ -218,6 +219,10 @@ class DistillConfig:
     Attributes:
         method: name of the preset; only for records.
         coefficient: lambda in [0, 1]; 0 switches distillation off at no cost, 1 the policy gradient.
+        carrier: ``loss``: the divergence is the loss. ``advantage``: the self-teacher's token advantage
+            w_q (log pi_T(y_t) - log pi_S(y_t)) goes through verl's clipped policy loss; on policy its gradient is that
+            of the sampled-token reverse KL. ``divergence`` is then not used.
+        advantage_clip: largest absolute token advantage, before the weight; None: no limit.
         reuse_log_probs: skip verl's separate old-log-prob pass where there is one optimiser step per batch, because
             the ratio is 1 there: ``auto`` (when nothing else needs the pass) or ``never``.
         poll_interval: seconds between looks at the finished rollouts (verl: 2).
@@ -226,6 +231,8 @@ class DistillConfig:
 
     method: str = "custom"
     coefficient: float = 1.0
+    carrier: str = "loss"
+    advantage_clip: float | None = None
     reuse_log_probs: str = "auto"
     poll_interval: float = 0.05
     fingerprints: bool = False
@@ -245,11 +252,18 @@ class DistillConfig:
     @property
     def policy_gradient(self) -> bool:
         """Whether the policy-gradient term is part of the loss."""
-        return self.coefficient < 1
+        return self.coefficient < 1 or self.carrier == "advantage"
+
+    @property
+    def divergence_loss(self) -> bool:
+        """Whether the divergence is a term of the loss."""
+        return self.enabled and self.carrier == "loss"
 
     def validate(self) -> None:
         """Raises ConfigError with the key, the value and what is allowed."""
         _number("coefficient", self.coefficient, 0.0, 1.0)
+        _one_of("carrier", self.carrier, CARRIERS)
+        _optional_number("advantage_clip", self.advantage_clip, 0.0, above=True)
         _one_of("reuse_log_probs", self.reuse_log_probs, ("auto", "never"))
         _number("poll_interval", self.poll_interval, 0.0, above=True)
         for part in fields(self):

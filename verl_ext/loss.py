@@ -72,13 +72,15 @@ class Loss:
             return {"divergence": packed_divergence(student_logits.squeeze(0), data, rows_B, self.config.divergence)[None]}
         metrics: dict[str, Any] = {}
         loss = 0.0
-        if self.config.enabled:
+        if self.config.divergence_loss:
             distill_loss = self.distillation(model_output, data, metrics)
             loss = loss + self.config.coefficient * distill_loss
         if self.config.policy_gradient:
             policy_loss = self.policy_gradient(model_output, data, metrics)
-            # Not multiplied where there is nothing to blend: GRPO alone stays verl's own loss, bit for bit.
-            loss = loss + (1 - self.config.coefficient) * policy_loss if self.config.enabled else policy_loss
+            # Not multiplied where there is nothing to blend: GRPO alone stays verl's own loss, bit for bit. Where the
+            # advantage carries the distillation, the two are blended there.
+            blend = self.config.divergence_loss
+            loss = loss + (1 - self.config.coefficient) * policy_loss if blend else policy_loss
         return loss, metrics
 
     def distillation(self, model_output: dict[str, Any], data: TensorDict, metrics: dict[str, Any]) -> torch.Tensor:

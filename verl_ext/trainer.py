@@ -30,7 +30,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.utils.padding import response_to_nested
 
-from verl_ext import advantage  # noqa: F401  (registers our estimators with verl)
+from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.compaction import PADDING_ROW, MiniBatchPlan, keep_rows, plan_mini_batches
 from verl_ext.config import distill_config
@@ -222,7 +222,7 @@ class DistillTrainer(PPOTrainerSync):
         masks = [mask.bool() for mask in rows.data["response_mask"].unbind()]
         loss_tokens = [int(mask.sum()) for mask in masks]
         advantages = None
-        if self.distill.policy_gradient:
+        if self.distill.coefficient < 1:
             values = tq.kv_batch_get(
                 keys=rows.meta.keys, partition_id=rows.meta.partition_id, select_fields=["advantages"]
             )["advantages"]
@@ -342,6 +342,8 @@ class DistillTrainer(PPOTrainerSync):
         with marked_timer("teacher_pass", timing_raw):
             self._call(self.actor_rollout_wg.compute_teacher, work, settings)
             self._measure_gap(rows, plan, work, metrics)
+            if self.distill.carrier == "advantage":
+                self._teacher_advantage(work, metrics)
         if self.use_reference_policy:
             with marked_timer("ref", timing_raw):
                 self._compute_ref_log_prob(self._meta(work, settings), metrics)
@@ -350,7 +352,8 @@ class DistillTrainer(PPOTrainerSync):
             values = rename_dict(output["metrics"], "actor/")
             values["perf/mfu/actor"] = values.pop("actor/mfu")
             metrics.update(reduce_metrics(values))
-            metrics["distill/loss"] = metrics.pop("actor/distill/loss")
+            if self.distill.divergence_loss:
+                metrics["distill/loss"] = metrics.pop("actor/distill/loss")
         with marked_timer("teacher_update", timing_raw):
             self._update_teacher(metrics)
 
@@ -428,6 +431,28 @@ class DistillTrainer(PPOTrainerSync):
             keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
         )
 
+    def _teacher_advantage(self, work: KVBatchMeta, metrics: dict) -> None:
+        """Replaces the advantages of the rows in work by (1 - lambda) A + lambda w_q (log pi_T - log pi_S)."""
+        data = tq.kv_batch_get(
+            keys=work.keys,
+            partition_id=work.partition_id,
+            select_fields=["teacher_log_ratio", "response_mask", "advantages", WEIGHT],
+        )
+        mask, share = data["response_mask"], self.distill.coefficient
+        batch = data.to_padded_tensor()
+        ratio = batch["teacher_log_ratio"]
+        teacher = self_teacher_token_advantage(
+            ratio, torch.zeros_like(ratio), batch["response_mask"], batch[WEIGHT], clip=self.distill.advantage_clip
+        )
+        blended = share * teacher + (1 - share) * batch["advantages"] if share < 1 else teacher
+        metrics["distill/advantage_absolute"] = float((blended.abs() * batch["response_mask"]).sum()) / max(
+            1.0, float(batch["response_mask"].sum())
+        )
+        fields = {"advantages": response_to_nested(blended, mask)}
+        tq.kv_batch_put(
+            keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
+        )
+
     def _update_settings(self, settings: dict) -> dict:
         actor = self.config.actor_rollout_ref.actor
         entropy = actor.calculate_entropy or actor.entropy_coeff != 0.0
@@ -436,8 +461,8 @@ class DistillTrainer(PPOTrainerSync):
             **settings,
             # Asking for the entropy keeps flash-attention's cross entropy from overwriting logits we still read.
             "calculate_entropy": entropy or (blend and torch.cuda.is_available()),
-            "distillation_use_topk": True,
-            "distillation_only": not blend,
+            "distillation_use_topk": self.distill.divergence_loss,
+            "distillation_only": self.distill.divergence_loss and not blend,
             "global_batch_size": actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,
         }
 

@@ -140,7 +140,9 @@ class DistillWorker(ActorRolloutRefWorker):
         if ROW_ID not in data:
             return super().compute_log_prob(data)
         STORE.clear()
-        output = self.actor.forward(data, StudentSupport(self.distill.divergence.topk))
+        # The advantage needs the sampled token only.
+        topk = self.distill.divergence.topk if self.distill.divergence_loss else 1
+        output = self.actor.forward(data, StudentSupport(topk))
         return output.cpu() if output is not None else None
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
@@ -149,16 +151,21 @@ class DistillWorker(ActorRolloutRefWorker):
 
         Returns:
             ``teacher_gap`` [B]: mean over the response of log pi_T(y_t) - log pi_S(y_t); NaN for rows without context.
+            Where the advantage carries the distillation also ``teacher_log_ratio``, jagged: that difference per token.
         """
         chosen = torch.nonzero((data[WEIGHT] != 0) & (data[ROW_ID] >= 0)).flatten()
         self._run_teacher(self._teacher_batch(data, chosen))
         gaps = torch.full((len(data),), float("nan"))
+        ratios = [torch.zeros(len(row)) for row in data["responses"].unbind()]
         for index in chosen.tolist():
             state = STORE[int(data[ROW_ID][index])]
-            mask = data["response_mask"][index].bool()
-            gap = (state.teacher_token_log_probs - state.student_log_probs)[mask.to(state.student_log_probs.device)]
+            ratios[index] = (state.teacher_token_log_probs - state.student_log_probs).cpu()
+            gap = ratios[index][data["response_mask"][index].bool().cpu()]
             gaps[index] = gap.mean().item() if gap.numel() else float("nan")
-        return tu.get_tensordict({"teacher_gap": gaps})
+        output = {"teacher_gap": gaps}
+        if not self.distill.divergence_loss:
+            output["teacher_log_ratio"] = to_jagged(ratios)
+        return tu.get_tensordict(output)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_discrepancy(self, data: TensorDict) -> TensorDict:

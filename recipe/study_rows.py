@@ -1,0 +1,165 @@
+"""Results of a study: one JSON file per finished run, the cost of what is left, and the table."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from recipe.console_format import format_seconds
+from recipe.run_files import RunFiles, as_number, to_plain, write_atomically
+from recipe.study_file import Study, StudyRun
+from verl_ext.config import ConfigError
+
+_VALIDATION = re.compile(r"val/(mean|maj|pass)@(\d+)")
+
+
+def row_path(results: Path, study: Study, run: StudyRun) -> Path:
+    """Where the row of a run is."""
+    return results / study.name / f"{run.run_id}.json"
+
+
+def read_rows(results: Path, study: Study) -> dict[str, dict[str, Any]]:
+    """Rows that exist, by run id. Raises ConfigError for a file that is no row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in study.runs:
+        path = row_path(results, study, run)
+        if not path.exists():
+            continue
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            if row["run_id"] != run.run_id or not isinstance(row["final"], dict):
+                raise KeyError("run_id")
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{path} is not the row of a finished run; remove it to run it again") from None
+        rows[run.run_id] = row
+    return rows
+
+
+def write_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Writes a row in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(to_plain(row, "row"), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def make_row(
+    run: StudyRun, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], seconds: float, where: Mapping
+) -> dict[str, Any]:
+    """The row of a finished run.
+
+    Args:
+        summary: what the run returned; its paths are left out, they mean nothing elsewhere.
+        records: its metrics.
+        where: versions, machine and commit.
+    """
+    curve = {
+        str(record["step"]): metrics
+        for record in records
+        if (metrics := {key[4:]: value for key, value in record.items() if _VALIDATION.fullmatch(key)})
+    }
+    last = dict(records[-1]) if records else {}
+    return {
+        "run_id": run.run_id,
+        "entry": run.entry,
+        "method": summary.get("method"),
+        "seed": run.seed,
+        "overrides": list(run.overrides),
+        "summary": {key: value for key, value in summary.items() if key != "report"},
+        "curve": curve,
+        "final": {**last, **{f"val/{key}": value for key, value in (list(curve.values()) or [{}])[-1].items()}},
+        "seconds": round(seconds, 1),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **where,
+    }
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Metrics of a run's output folder."""
+    return RunFiles(folder, tensorboard=False).read_metrics()
+
+
+# ------------------------------------------------------------------------------------------------------------ the cost
+
+
+def expected_seconds(run: StudyRun, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """What a run takes: measured on rows of its entry, as declared, or measured on any row; None where unknown."""
+    own = [row["seconds"] for row in rows.values() if row["entry"] == run.entry]
+    if own:
+        return statistics.fmean(own)
+    if run.expected_seconds is not None:
+        return run.expected_seconds
+    return statistics.fmean(row["seconds"] for row in rows.values()) if rows else None
+
+
+def cost_lines(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The grid and what it costs, for a person."""
+    lines = [f"study {study.name}: {len(study.runs)} runs, {len(rows)} done, {len(study.runs) - len(rows)} to do"]
+    width = max(len(run.run_id) for run in study.runs)
+    common = [item for item in study.runs[0].overrides if all(item in run.overrides for run in study.runs)]
+    if common:
+        lines.append(f"  every run: {' '.join(common)}")
+    total, unknown = 0.0, 0
+    for run in study.runs:
+        seconds = expected_seconds(run, rows)
+        if run.run_id in rows:
+            cost = f"done in {format_seconds(rows[run.run_id]['seconds'])}"
+        elif seconds is None:
+            unknown += 1
+            cost = "time unknown"
+        else:
+            total += seconds
+            cost = f"about {format_seconds(seconds)}"
+        own = " ".join(item for item in run.overrides if item not in common)
+        lines.append(f"  {run.run_id:<{width}}  {cost:<20}  {own}".rstrip())
+    cost = f"about {format_seconds(total)}" if total or not unknown else ""
+    if unknown:
+        cost += f"{' and ' if cost else ''}{unknown} runs of unknown time (set expected_seconds)"
+    lines.append(f"cost of what is left: {cost}")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def table(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: per entry the mean over seeds of mean@k and maj@k, with the range and the standard deviation.
+
+    Columns are the largest k that any row has of each.
+    """
+    columns = [column for metric in ("mean", "maj") if (column := _largest(metric, rows))] or ["mean@8", "maj@8"]
+    head = ["", *columns, "seeds", "s/step"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for entry in study.entries:
+        own = [rows[run.run_id] for run in study.runs if run.entry == entry and run.run_id in rows]
+        declared = sum(run.entry == entry for run in study.runs)
+        cells = [_cell(own, lambda row, name=column: row["final"].get(f"val/{name}"), 3, True) for column in columns]
+        speed = _cell(own, lambda row: row["summary"].get("seconds_per_step"), 2, False)
+        seeds = f"{len(own)} of {declared}" if len(own) < declared else str(len(own))
+        lines.append(_line([entry, *cells, seeds, speed]))
+    return "\n".join(lines)
+
+
+def _largest(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    matches = [match for row in rows.values() for key in row["final"] if (match := _VALIDATION.fullmatch(key))]
+    found = [int(match[2]) for match in matches if match[1] == metric]
+    return f"{metric}@{max(found)}" if found else None
+
+
+def _cell(
+    rows: Sequence[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], Any], digits: int, spread: bool
+) -> str:
+    values = [value for row in rows if (value := as_number(read(row))) is not None]
+    if not values:
+        return "—"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if spread and len(values) > 1:
+        text += f" ({min(values):.{digits}f}–{max(values):.{digits}f}, std {statistics.stdev(values):.{digits}f})"
+    return text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,89 @@
+"""One Ray cluster and one recorded run for all end-to-end tests: starting costs more than training here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.tiny_world import main as make_tiny_world
+from recipe.cluster import prepare_environment, ray_cluster
+from recipe.compose import compose_config
+from recipe.train import run
+
+SMALL = ["run.quiet=true", "run.val_every=-1", "run.val_before=false", "data.train_batch_size=4"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny-world parquet files."""
+    folder = tmp_path_factory.mktemp("tiny_world")
+    assert make_tiny_world(["--out", str(folder), "--train-size", "48", "--test-size", "12"]) in (0, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A cluster with two logical GPUs."""
+    # Worker processes must not inherit the test's thread settings for BLAS from a shell.
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    prepare_environment("cpu")
+    with ray_cluster(compose_config(["trainer.n_gpus_per_node=2", "run.ray_num_cpus=24"])):
+        yield
+
+
+class Runs:
+    """Runs on the shared cluster that replay the same rollouts."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+
+    def overrides(self, steps: int, *, replay: bool = True) -> list[str]:
+        """What all runs share."""
+        replayed = [
+            "trainer.experiment_name=replay",
+            "skip.rollout_tq.enable=true",
+            f"skip.rollout_tq.dump_dir={self.folder}/rollouts",
+            f"skip.rollout_tq.steps={list(range(1, steps + 1))}".replace(" ", ""),
+        ]
+        return [
+            *SMALL,
+            f"run.steps={steps}",
+            f"data.train_files={self.data}/train.parquet",
+            f"data.val_files={self.data}/test.parquet",
+            "distill.fingerprints=true",
+            *(replayed if replay else []),
+        ]
+
+    def __call__(self, name: str, *overrides: str, steps: int, replay: bool = True) -> tuple[dict[str, Any], Path]:
+        """Trains and returns the summary and the output folder."""
+        output = self.folder / name
+        config = compose_config([*self.overrides(steps, replay=replay), f"run.output_dir={output}", *overrides])
+        return run(config), output
+
+
+@pytest.fixture(scope="session")
+def runs(cluster: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The factory of runs."""
+    return Runs(tmp_path_factory.mktemp("runs"), data)
+
+
+@pytest.fixture(scope="session")
+def recorded(runs: Runs) -> tuple[dict[str, Any], Path]:
+    """SDPO, four steps, a checkpoint every second, validated before; its rollouts are what others replay."""
+    return runs("sdpo", "method=sdpo", "run.save_every=2", "run.val_before=true", "run.val_samples=2", steps=4)
+
+
+@pytest.fixture(scope="session")
+def records() -> Callable[[Path], list[dict[str, Any]]]:
+    """Reads the training steps of a run."""
+
+    def read(output: Path) -> list[dict[str, Any]]:
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["step"] > 0]
+
+    return read

@@ -1,0 +1,110 @@
+"""The method on the real stack: verl's trainer, Ray, TransferQueue, FSDP2 over gloo, vLLM's CPU build."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.e2e
+
+ROUNDING = 2e-5  # fp32 sums in another order
+
+
+def fingerprints(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{key: value for key, value in record.items() if key.startswith("fingerprint/")} for record in records]
+
+
+def first_step(records: list[dict[str, Any]]) -> tuple[float, float]:
+    return records[0]["distill/loss"], records[0]["actor/grad_norm"]
+
+
+def test_a_run_leaves_what_its_user_expects(recorded, records):
+    summary, output = recorded
+    assert set(summary) == {
+        "method", "steps", "metric", "before", "after", "seconds_to_first_step", "seconds_per_step", "report",
+    }
+    assert summary["method"] == "sdpo" and summary["steps"] == 4 and 0 < summary["before"] < 1
+    assert Path(summary["report"]).stat().st_size > 10_000
+    assert yaml.safe_load((output / "config.yaml").read_text())["distill"]["method"] == "sdpo"
+    completions = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
+    assert any("Correctly solve the original question." in (row["teacher_context"] or "") for row in completions)
+    assert list(output.glob("tensorboard/*tfevents*"))
+    for record in records(output):
+        assert 0 < record["distill/loss"] < 0.7 and record["actor/grad_norm"] > 0
+        assert 0 < record["rows/train_share"] <= 1 and sum(record["pass_rate/histogram"]) == 4
+        assert record["teacher/moved"] == 1 and record["teacher/distance"] > 0
+
+
+def test_teacher_and_student_agree_before_the_first_step(recorded, records):
+    assert records(recorded[1])[0]["self_check/divergence"] < 1e-6
+
+
+def test_kernel_exponents_of_zero_are_sdpo_bit_for_bit(runs, recorded, records):
+    _, output = runs(
+        "zero", "method=sc_sdpo", "distill.weighting.alpha=0", "distill.weighting.beta=0", steps=3
+    )
+    mine, reference = records(output), records(recorded[1])[:3]
+    assert [r["distill/loss"] for r in mine] == [r["distill/loss"] for r in reference]
+    assert [r["weight/mean"] for r in mine] == [1.0] * 3
+    assert fingerprints(mine) == fingerprints(reference)
+
+
+def test_four_steps_equal_two_and_a_resume_teacher_included(runs, recorded, records):
+    output = runs.folder / "resumed"
+    shutil.copytree(recorded[1], output)
+    shutil.rmtree(output / "checkpoints" / "global_step_4")
+    (output / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    runs("resumed", "method=sdpo", "run.save_every=2", "run.val_samples=2", steps=4)
+    mine, reference = records(output), records(recorded[1])
+    assert [r["step"] for r in mine] == [1, 2, 3, 4]
+    assert fingerprints(mine) == fingerprints(reference)
+    assert len({r["fingerprint/teacher_0"] for r in mine}) == 4, "the teacher moves every step"
+
+
+def test_two_packed_ranks_without_compaction_give_the_same_loss_and_gradient(runs, recorded, records):
+    _, output = runs(
+        "two_ranks",
+        "method=sdpo",
+        "trainer.n_gpus_per_node=2",
+        "actor_rollout_ref.model.use_remove_padding=true",
+        "distill.compaction.enable=false",
+        steps=1,
+    )
+    assert first_step(records(output)) == pytest.approx(first_step(records(recorded[1])), rel=ROUNDING)
+
+
+def test_single_row_micro_batches_give_the_same_loss_and_gradient(runs, recorded, records):
+    _, output = runs(
+        "micro_batch_1",
+        "method=sdpo",
+        "actor_rollout_ref.actor.use_dynamic_bsz=false",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+        steps=1,
+    )
+    assert first_step(records(output)) == pytest.approx(first_step(records(recorded[1])), rel=ROUNDING)
+
+
+def test_grpo_has_no_teacher_and_no_distillation(runs, recorded, records):
+    _, output = runs("grpo", "method=grpo", steps=2)
+    for record in records(output):
+        assert "distill/loss" not in record and "fingerprint/teacher_0" not in record
+        assert record["actor/ppo_kl"] == 0 and record["actor/grad_norm"] > 0
+        assert 0 <= record["rows/train_share"] <= 1
+
+
+def test_blend_with_a_live_teacher_runs(runs, recorded, records):
+    _, output = runs("blend", "method=sdpo_grpo", "teacher=live", steps=1)
+    record = records(output)[0]
+    assert record["distill/loss"] > 0 and "actor/pg_loss" in record and "fingerprint/teacher_0" not in record
+
+
+def test_the_token_advantage_form_runs_through_the_policy_loss(runs, recorded, records):
+    _, output = runs("token", "method=sdpo_token", steps=1)
+    record = records(output)[0]
+    assert record["distill/advantage_absolute"] > 0 and record["actor/grad_norm"] > 0 and "distill/loss" not in record
