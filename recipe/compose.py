@@ -95,11 +95,11 @@ def check(config: DictConfig) -> None:
     missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith(("critic", "reward.reward_model"))]
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value")
-    if rollout.max_model_len and rollout.max_model_len < config.data.max_prompt_length + config.data.max_response_length:
+    tokens = config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len and rollout.max_model_len < tokens:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len is {rollout.max_model_len}; allowed: at least "
-            f"data.max_prompt_length + data.max_response_length = "
-            f"{config.data.max_prompt_length + config.data.max_response_length}"
+            f"data.max_prompt_length + data.max_response_length = {tokens}"
         )
     if actor.strategy not in ("fsdp", "fsdp2"):
         raise ConfigError(f"actor_rollout_ref.actor.strategy is {actor.strategy!r}; allowed: fsdp, fsdp2")
@@ -144,9 +144,10 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
             f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, because the "
             "teacher stands in the reference policy's place"
         )
-    if config.actor_rollout_ref.ref.fsdp_config.model_dtype != "fp32" and method.teacher.kind == "ema":
+    dtype = config.actor_rollout_ref.ref.fsdp_config.model_dtype
+    if dtype != "fp32" and method.teacher.kind == "ema":
         raise ConfigError(
-            f"actor_rollout_ref.ref.fsdp_config.model_dtype is {config.actor_rollout_ref.ref.fsdp_config.model_dtype!r}; "
+            f"actor_rollout_ref.ref.fsdp_config.model_dtype is {dtype!r}; "
             "allowed: fp32 with an EMA teacher (bf16 does not follow slow averages)"
         )
 

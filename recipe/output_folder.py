@@ -61,7 +61,9 @@ def _check_writable(folder: Path) -> None:
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"run.output_dir {folder} cannot be written: {error.strerror}; choose another folder") from error
+        raise ConfigError(
+            f"run.output_dir {folder} cannot be written: {error.strerror}; choose another folder"
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < MINIMUM_FREE:
         raise ConfigError(

@@ -16,6 +16,7 @@ from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.compose import GROUPS, choices, compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
+from recipe.preflight import preflight
 from recipe.report import build_report
 from recipe.run_files import RunFiles
 from verl_ext.config import ConfigError
@@ -126,6 +127,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     started = time.perf_counter()
     prepare_environment(config.run.platform)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    preflight(config)
     output = _output_folder(config)
     resume_step = check_output_folder(config, output)
     files = RunFiles(output)

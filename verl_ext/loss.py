@@ -68,8 +68,8 @@ class Loss:
         dp_group: Any = None,
     ) -> Any:
         if student_logits is not None:
-            rows_B = data[WEIGHT] != 0
-            return {"divergence": packed_divergence(student_logits.squeeze(0), data, rows_B, self.config.divergence)[None]}
+            logits_NV, rows_B = student_logits.squeeze(0), data[WEIGHT] != 0
+            return {"divergence": packed_divergence(logits_NV, data, rows_B, self.config.divergence)[None]}
         metrics: dict[str, Any] = {}
         loss = 0.0
         if self.config.divergence_loss:

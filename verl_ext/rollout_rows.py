@@ -63,7 +63,9 @@ def read_rows(meta: KVBatchMeta, tokenizer: Any, *, texts: bool = True) -> Rollo
     question_ids = []
     for key, info in zip(meta.keys, infos, strict=True):
         if not info.get("question_id"):
-            raise ValueError(f"row {key} has no extra_info.question_id; write the data with data_prep or add the column")
+            raise ValueError(
+                f"row {key} has no extra_info.question_id; write the data with data_prep or add the column"
+            )
         question_ids.append(str(info["question_id"]))
     parts = [_split_key(key) for key in meta.keys]
     if any(output > 0 for _, _, output in parts):

@@ -84,7 +84,9 @@ def load(teacher: dict[str, torch.Tensor], folder: Path, rank: int, world_size: 
     source = shard_file(folder, rank, world_size)
     if not source.exists():
         found = sorted(p.name for p in folder.glob("teacher_world_size_*")) if folder.is_dir() else []
-        raise FileNotFoundError(f"{source} is missing (found: {', '.join(found) or 'nothing'}); run on {world_size} ranks")
+        raise FileNotFoundError(
+            f"{source} of this run's {world_size} ranks is missing; found: {', '.join(found) or 'nothing'}"
+        )
     stored = load_file(source)
     check_same_parameters(stored, teacher)
     for name, tensor in teacher.items():

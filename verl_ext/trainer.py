@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow.parquet as parquet
 import ray
 import torch
 import transfer_queue as tq
@@ -19,7 +20,6 @@ from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProto
-from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
@@ -32,14 +32,13 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
-from verl_ext.compaction import PADDING_ROW, MiniBatchPlan, keep_rows, plan_mini_batches
 from verl_ext.config import distill_config
-from verl_ext.loss import ROWS, TOKENS, WEIGHT
-from verl_ext.packing import to_jagged
+from verl_ext.loss import WEIGHT
 from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows, read_rows
 from verl_ext.validation import validation_metrics
-from verl_ext.worker import MINI_BATCH, TEACHER_PROMPT, DistillWorker
+from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_rank_multiple
+from verl_ext.worker import DistillWorker
 
 
 class StepSink(Protocol):
@@ -93,6 +92,29 @@ class DistillTrainer(PPOTrainerSync):
         self._resumed = False
 
     # ---------------------------------------------------------------------------------------------------- building
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        data, batch = self.config.data, self.config.data.train_batch_size
+        for key, dataset in (("train_files", self.train_dataset), ("val_files", self.val_dataset)):
+            files = [data[key]] if isinstance(data[key], str) else list(data[key])
+            rows = sum(parquet.read_metadata(file).num_rows for file in files)
+            limit = data.get("train_max_samples" if key == "train_files" else "val_max_samples", -1)
+            rows = min(rows, limit) if limit and limit > 0 else rows
+            if len(dataset) < rows:
+                self.sink.warning(
+                    f"data.{key}: {rows - len(dataset)} of {rows} prompts are longer than data.max_prompt_length="
+                    f"{data.max_prompt_length} tokens and are left out"
+                )
+        if len(self.train_dataset) < batch:
+            raise ValueError(
+                f"data.train_files has {len(self.train_dataset)} prompts of at most {data.max_prompt_length} tokens, "
+                f"fewer than data.train_batch_size={batch}: raise data.max_prompt_length or lower the batch"
+            )
+        if len(self.val_dataset) == 0:
+            raise ValueError(
+                f"data.val_files has no prompt of at most data.max_prompt_length={data.max_prompt_length} tokens"
+            )
 
     @property
     def logger(self) -> Any:
@@ -166,16 +188,24 @@ class DistillTrainer(PPOTrainerSync):
             rows = read_rows(batch, self.tokenizer)
             plan = self._plan(rows, metrics)
             rows.meta = self._compute_advantage(rows.meta, metrics)
-            work, mini_batches, padding = self._lay_out(rows, plan, metrics)
-        if work is None:
+            work = lay_out(
+                rows,
+                plan,
+                self.distill,
+                self.config,
+                ranks=self._dp_size(),
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+            metrics.update(work.metrics)
+        if work.meta is None:
             self._skip(metrics)
         else:
-            self._train(rows, plan, work, mini_batches, metrics, timing_raw)
+            self._train(rows, work, metrics, timing_raw)
         self._log_completions(rows, plan)
         return KVBatchMeta(
             partition_id=rows.meta.partition_id,
-            keys=rows.meta.keys + [key for key, _ in padding],
-            tags=rows.meta.tags + [tag for _, tag in padding],
+            keys=rows.meta.keys + [key for key, _ in work.padding],
+            tags=rows.meta.tags + [tag for _, tag in work.padding],
         )
 
     def _plan(self, rows: RolloutRows, metrics: dict) -> BatchPlan:
@@ -208,140 +238,24 @@ class DistillTrainer(PPOTrainerSync):
         metrics["rollout/groups_short"] = sum(size < expected for size in sizes.values())
         metrics["rollout/verifier_errors"] = sum(rows.errors)
 
-    def _lay_out(
-        self, rows: RolloutRows, plan: BatchPlan, metrics: dict
-    ) -> tuple[KVBatchMeta | None, MiniBatchPlan, list[tuple[str, dict]]]:
-        """Step 4 and 5: rows left out, mini-batches, ranks; our fields are written for what remains.
-
-        Returns:
-            the rows to forward in the order of the ranks (None where no row trains), the mini-batches, and the padding
-            rows that were added to TransferQueue, as (key, tag).
-        """
-        actor = self.config.actor_rollout_ref.actor
-        dp_size = self._dp_size()
-        masks = [mask.bool() for mask in rows.data["response_mask"].unbind()]
-        loss_tokens = [int(mask.sum()) for mask in masks]
-        advantages = None
-        if self.distill.coefficient < 1:
-            values = tq.kv_batch_get(
-                keys=rows.meta.keys, partition_id=rows.meta.partition_id, select_fields=["advantages"]
-            )["advantages"]
-            advantages = [float(row.abs().max()) if row.numel() else 0.0 for row in values.unbind()]
-        active = keep_rows(
-            plan.weights_N,
-            plan.distill_N,
-            coefficient=self.distill.coefficient,
-            advantages_N=advantages,
-            kl_coefficient=float(actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
-            entropy_coefficient=float(actor.entropy_coeff),
-        )
-        student = [p + r for p, r in zip(rows.batch.prompt_lengths, rows.batch.response_lengths, strict=True)]
-        taught = plan.distill_N & (plan.weights_N != 0)
-        teacher = [
-            len(ids) + r if ids and use else 0
-            for ids, r, use in zip(plan.teacher_prompt_ids_N, rows.batch.response_lengths, taught.tolist(), strict=True)
-        ]
-        layout = dict(mini_batch_rows=actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n, ranks=dp_size)
-        mini_batches = plan_mini_batches(active, loss_tokens, student, teacher, **layout)
-        if not self.distill.compaction.enable and mini_batches.mini_batches:
-            # The same mini-batches train; only the rows that would have been left out are forwarded as well.
-            trained = {mini_batch.number for mini_batch in mini_batches.mini_batches}
-            size = layout["mini_batch_rows"]
-            everything = np.array([i // size in trained for i in range(len(active))])
-            mini_batches = plan_mini_batches(everything, loss_tokens, student, teacher, **layout)
-        metrics.update(mini_batches.metrics)
-        metrics["rows/train_share"] = float(np.mean(active)) if len(active) else 0.0
-        if not mini_batches.mini_batches:
-            return None, mini_batches, []
-        return (*self._write_work(rows, plan, mini_batches, taught, dp_size),)
-
-    def _write_work(
-        self, rows: RolloutRows, plan: BatchPlan, mini_batches: MiniBatchPlan, taught: torch.Tensor, dp_size: int
-    ) -> tuple[KVBatchMeta, MiniBatchPlan, list[tuple[str, dict]]]:
-        granularity = self._rows_per_rank_multiple()
-        keys, tags, added = [[] for _ in range(dp_size)], [[] for _ in range(dp_size)], []
-        columns: dict[str, dict[str, Any]] = {}
-        for mini_batch in mini_batches.mini_batches:
-            per_rank = len(mini_batch.ranks[0])
-            per_rank += -per_rank % granularity
-            members = [[row for row in rank if row != PADDING_ROW] for rank in mini_batch.ranks]
-            missing = sum(per_rank - len(rank) for rank in members)
-            padding = self._padding_rows(rows.meta, missing)
-            added += padding
-            spare = iter(padding)
-            for rank, rank_rows in enumerate(members):
-                entries = [(rows.meta.keys[row], rows.meta.tags[row], row) for row in rank_rows]
-                entries += [(*next(spare), None) for _ in range(per_rank - len(rank_rows))]
-                for key, tag, row in entries:
-                    keys[rank].append(key)
-                    tags[rank].append(tag)
-                    use = row is not None and bool(taught[row])
-                    columns[key] = {
-                        ROW_ID: -1 if row is None else row,
-                        WEIGHT: float(plan.weights_N[row]) if use else 0.0,
-                        MINI_BATCH: mini_batch.number,
-                        ROWS: mini_batch.row_count,
-                        TOKENS: mini_batch.token_count,
-                        TEACHER_PROMPT: plan.teacher_prompt_ids_N[row] if use else [self.tokenizer.eos_token_id],
-                    }
-        order = [key for rank in keys for key in rank]
-        fields = TensorDict(
-            {
-                ROW_ID: torch.tensor([columns[key][ROW_ID] for key in order]),
-                WEIGHT: torch.tensor([columns[key][WEIGHT] for key in order], dtype=torch.float32),
-                MINI_BATCH: torch.tensor([columns[key][MINI_BATCH] for key in order]),
-                ROWS: torch.tensor([columns[key][ROWS] for key in order]),
-                TOKENS: torch.tensor([columns[key][TOKENS] for key in order]),
-                TEACHER_PROMPT: to_jagged([torch.tensor(columns[key][TEACHER_PROMPT]) for key in order]),
-            },
-            batch_size=len(order),
-        )
-        tq.kv_batch_put(keys=order, partition_id=rows.meta.partition_id, fields=fields)
-        work = KVBatchMeta(
-            partition_id=rows.meta.partition_id, keys=order, tags=[tag for rank in tags for tag in rank]
-        )
-        return work, mini_batches, added
-
-    def _rows_per_rank_multiple(self) -> int:
-        """Without dynamic batches verl wants a whole number of micro-batches on every rank."""
-        if self.config.actor_rollout_ref.actor.use_dynamic_bsz:
-            return 1
-        student = self.config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu or 1
-        return math.lcm(int(self.config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu), int(student))
-
-    def _padding_rows(self, meta: KVBatchMeta, count: int) -> list[tuple[str, dict]]:
-        """verl's own synthetic rows, made from the first row."""
-        if count == 0:
-            return []
-        first = KVBatchMeta(partition_id=meta.partition_id, keys=meta.keys[:1], tags=meta.tags[:1])
-        padded = upsample_batch_to_divisible_size(first, count + 1, self.tokenizer.eos_token_id)
-        return list(zip(padded.keys[1:], padded.tags[1:], strict=True))
-
     def _dp_size(self) -> int:
         group = self.actor_rollout_wg
         if "actor" not in group._dispatch_info:
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
         return max(group._dispatch_info["actor"]) + 1
 
-    def _train(
-        self,
-        rows: RolloutRows,
-        plan: BatchPlan,
-        work: KVBatchMeta,
-        mini_batches: MiniBatchPlan,
-        metrics: dict,
-        timing_raw: dict,
-    ) -> None:
+    def _train(self, rows: RolloutRows, layout: Work, metrics: dict, timing_raw: dict) -> None:
         """Steps 6 to 9 on the rows to forward."""
+        work = layout.meta
         settings = {"temperature": self.config.actor_rollout_ref.rollout.temperature}
         if self.global_steps == 1 and not self._resumed and self.distill.context.kind != "none":
-            self._check_teacher_equals_student(work, settings)
+            self._check_teacher_equals_student(layout, settings)
         work.extra_info = dict(settings)
         with marked_timer("student_pass", timing_raw):
             self._student_pass(work, metrics)
         with marked_timer("teacher_pass", timing_raw):
             self._call(self.actor_rollout_wg.compute_teacher, work, settings)
-            self._measure_gap(rows, plan, work, metrics)
+            self._measure_gap(rows, work, metrics)
             if self.distill.carrier == "advantage":
                 self._teacher_advantage(work, metrics)
         if self.use_reference_policy:
@@ -422,7 +336,8 @@ class DistillTrainer(PPOTrainerSync):
             select_fields=["old_log_probs", "rollout_log_probs", "response_mask"],
         )
         mask = data["response_mask"]
-        batch, values = compute_rollout_correction_and_add_to_batch(DataProto(batch=data.to_padded_tensor()), correction)
+        padded = DataProto(batch=data.to_padded_tensor())
+        batch, values = compute_rollout_correction_and_add_to_batch(padded, correction)
         metrics.update(values)
         fields = {"response_mask": response_to_nested(batch.batch["response_mask"], mask)}
         if "rollout_is_weights" in batch.batch:
@@ -468,22 +383,10 @@ class DistillTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         # Only reached without distillation: verl's own update, and the statistics of its groups for the same plots.
-        rows = self._real_rows(batch)
+        rows = real_rows(batch)
         self._plan(read_rows(rows, self.tokenizer, texts=False), metrics)
-        advantages = tq.kv_batch_get(
-            keys=rows.keys, partition_id=rows.partition_id, select_fields=["advantages"]
-        )["advantages"]
-        metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in advantages.unbind()]))
+        metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in read_advantages(rows)]))
         return super()._update_actor(batch, metrics)
-
-    @staticmethod
-    def _real_rows(batch: KVBatchMeta) -> KVBatchMeta:
-        real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
-        return KVBatchMeta(
-            partition_id=batch.partition_id,
-            keys=[batch.keys[i] for i in real],
-            tags=[batch.tags[i] for i in real],
-        )
 
     def on_step_end(self) -> None:
         super().on_step_end()
@@ -508,14 +411,15 @@ class DistillTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------------------------------------- self-checks
 
-    def _check_teacher_equals_student(self, work: KVBatchMeta, settings: dict) -> None:
+    def _check_teacher_equals_student(self, layout: Work, settings: dict) -> None:
         """Before the first step both have the same weights: on equal prompts their divergence must be 0.
 
         Raises:
             RuntimeError: it is not; the run would train on a broken alignment or another model.
         """
-        output = self._call(self.actor_rollout_wg.compute_discrepancy, self._sample(work), settings)
-        data = tq.kv_batch_get(keys=output.keys, partition_id=work.partition_id, select_fields=["mean", "largest"])
+        few = layout.part(8, rows_per_rank_multiple(self.config))
+        self._call(self.actor_rollout_wg.compute_discrepancy, few, settings)
+        data = tq.kv_batch_get(keys=few.keys, partition_id=few.partition_id, select_fields=["mean", "largest"])
         mean, largest = float(data["mean"].max()), float(data["largest"].max())
         tolerance = self.distill.teacher.self_check_tolerance
         if not mean <= tolerance:
@@ -526,20 +430,7 @@ class DistillTrainer(PPOTrainerSync):
             )
         self._self_check = {"self_check/divergence": mean, "self_check/divergence_largest": largest}
 
-    def _sample(self, work: KVBatchMeta) -> KVBatchMeta:
-        """As many leading rows of every rank as a check needs."""
-        ranks = self._dp_size()
-        per_rank = len(work.keys) // ranks
-        few = min(per_rank, max(8, self._rows_per_rank_multiple()))
-        few -= few % self._rows_per_rank_multiple()
-        picked = [rank * per_rank + i for rank in range(ranks) for i in range(few)]
-        return KVBatchMeta(
-            partition_id=work.partition_id,
-            keys=[work.keys[i] for i in picked],
-            tags=[work.tags[i] for i in picked],
-        )
-
-    def _measure_gap(self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, metrics: dict) -> None:
+    def _measure_gap(self, rows: RolloutRows, work: KVBatchMeta, metrics: dict) -> None:
         """Teacher gap: mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers (and on wrong ones)."""
         metrics.update(getattr(self, "_self_check", {}))
         self._self_check = {}

@@ -114,7 +114,7 @@ class DistillWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Builds teacher, student and rollout; the trainer put our block beside verl's (`actor_rollout_ref.distill`)."""
+        """Builds teacher, student and rollout; the trainer put our block into `actor_rollout_ref.distill`."""
         self.distill: DistillConfig = distill_config(self.config.distill)
         placement = None
         if self.distill.enabled:

@@ -29,7 +29,8 @@ DECLARED: dict[str, Any] = {
 
 
 def declared(**changes: Any) -> Study:
-    return parse_study({key: value for key, value in {**DECLARED, **changes}.items() if value is not None}, "study.yaml")
+    found = {**DECLARED, **changes}
+    return parse_study({key: value for key, value in found.items() if value is not None}, "study.yaml")
 
 
 def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Callable[[DictConfig], Mapping[str, Any]]:
@@ -45,7 +46,7 @@ def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Call
         value = accuracy(config)
         files.append_metrics(1, {"distill/loss": 0.5, "time/step": 2.0})
         files.append_metrics(2, {"distill/loss": 0.4, "val/mean@8": value, "val/maj@8": value + 0.1})
-        return {"method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/somewhere/report.html"}
+        return {"method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html"}
 
     run.calls = calls  # type: ignore[attr-defined]
     return run

@@ -1,0 +1,108 @@
+"""What must hold on this machine before minutes are spent on starting: data, model, attention kernels."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+from omegaconf import DictConfig
+
+from verl_ext.config import ConfigError
+
+COLUMNS = {
+    "prompt": "list of {role, content}",
+    "data_source": "text",
+    "reward_model": "{ground_truth, style}",
+    "extra_info": "{index, question_id, ...}",
+}
+
+
+def preflight(config: DictConfig) -> None:
+    """Raises ConfigError that names the file, row, key or package and what to do."""
+    check_attention(config)
+    positions = check_model(config)
+    check_lengths(config, positions)
+    for key in ("train_files", "val_files"):
+        for file in _files(config.data[key]):
+            check_parquet(Path(file), f"data.{key}")
+
+
+def _files(value: Any) -> list[str]:
+    return [str(value)] if isinstance(value, str) else [str(item) for item in value]
+
+
+def check_parquet(path: Path, key: str) -> None:
+    """The columns that the trainer and the verifier read are there, in every row."""
+    if not path.exists():
+        hint = " (python -m data_prep.tiny_world --out data/tiny_world makes it)" if "tiny_world" in str(path) else ""
+        raise ConfigError(f"{key}: {path} does not exist{hint}")
+    try:
+        table = parquet.read_table(path)
+    except Exception as error:
+        raise ConfigError(f"{key}: {path} is not a readable parquet file: {error}") from error
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ConfigError(
+            f"{key}: {path} has no column {missing[0]!r} ({COLUMNS[missing[0]]}); "
+            f"it has {', '.join(table.column_names)}"
+        )
+    if table.num_rows == 0:
+        raise ConfigError(f"{key}: {path} has no rows")
+    for row, (prompt, reward, extra) in enumerate(
+        zip(*(table[name].to_pylist() for name in ("prompt", "reward_model", "extra_info")), strict=True)
+    ):
+        if not prompt or not isinstance(prompt, list) or not str(prompt[-1].get("content") or "").strip():
+            raise ConfigError(f"{key}: {path}, row {row}: prompt is {prompt!r}, expected a list of messages with text")
+        if prompt[-1].get("role") != "user":
+            role = prompt[-1].get("role")
+            raise ConfigError(f"{key}: {path}, row {row}: the last message is of {role!r}, expected user")
+        if not isinstance(reward, dict) or reward.get("ground_truth") is None:
+            raise ConfigError(f"{key}: {path}, row {row}: reward_model.ground_truth is missing")
+        for name in ("question_id", "index"):
+            if not isinstance(extra, dict) or extra.get(name) in (None, ""):
+                raise ConfigError(f"{key}: {path}, row {row}: extra_info.{name} is missing")
+
+
+def check_attention(config: DictConfig) -> None:
+    """Packed rows on GPUs need flash-attn; without it verl falls back to something slow, or fails late."""
+    wanted = config.actor_rollout_ref.model.override_config.get("attn_implementation")
+    if wanted == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError(
+            "actor_rollout_ref.model.override_config.attn_implementation is flash_attention_2 and flash-attn "
+            "is not installed; give scripts/setup.sh a prebuilt wheel (FLASH_ATTN_WHEEL=...), use the image, or set it to sdpa "
+            "with actor_rollout_ref.model.use_remove_padding=false (padded rows: slower, more memory)"
+        )
+
+
+def check_model(config: DictConfig) -> int | None:
+    """The model's number of positions, where the model is a local folder."""
+    path = str(config.actor_rollout_ref.model.path)
+    if not path.startswith(("/", ".", "~")):
+        return None
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"actor_rollout_ref.model.path: {folder} holds no config.json; expected a Hugging Face folder"
+        )
+    return json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+
+
+def check_lengths(config: DictConfig, positions: int | None) -> None:
+    """Student and teacher sequences fit the model."""
+    if positions is None:
+        return
+    student = config.data.max_prompt_length + config.data.max_response_length
+    if student > positions:
+        raise ConfigError(
+            f"data.max_prompt_length + data.max_response_length = {student}; "
+            f"allowed: up to the model's {positions} positions"
+        )
+    teacher = config.distill.context.max_length + config.data.max_response_length
+    if config.distill.coefficient > 0 and teacher > positions:
+        raise ConfigError(
+            f"distill.context.max_length + data.max_response_length = {teacher}; "
+            f"allowed: up to the model's {positions} positions"
+        )
