@@ -72,8 +72,8 @@ def check_attention(config: DictConfig) -> None:
     if wanted == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError(
             "actor_rollout_ref.model.override_config.attn_implementation is flash_attention_2 and flash-attn "
-            "is not installed; give scripts/setup.sh a prebuilt wheel (FLASH_ATTN_WHEEL=...), use the image, or set it to sdpa "
-            "with actor_rollout_ref.model.use_remove_padding=false (padded rows: slower, more memory)"
+            "is not installed; give scripts/setup.sh a prebuilt wheel (FLASH_ATTN_WHEEL=...), use the image, or set it "
+            "to sdpa with actor_rollout_ref.model.use_remove_padding=false (padded rows: slower, more memory)"
         )
 
 

@@ -27,11 +27,19 @@ SECONDS_TO_END = 30
 ROLLOUT_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 
-def run_session(config: DictConfig, sink: StepSink, hosts: list[Any], *, seed: int = 0) -> DistillTrainer:
+def run_session(
+    config: DictConfig,
+    sink: StepSink,
+    hosts: list[Any],
+    *,
+    seed: int = 0,
+    trainer_class: type[DistillTrainer] = DistillTrainer,
+) -> DistillTrainer:
     """Trains to the end of the configured steps.
 
     Args:
         hosts: what :func:`verl_ext.early.start` returned; it must have been called before.
+        trainer_class: a trainer that measures or tries something.
 
     Everything the session started is ended when it returns or raises; the cluster itself stays.
     """
@@ -39,7 +47,7 @@ def run_session(config: DictConfig, sink: StepSink, hosts: list[Any], *, seed: i
     trainer, agent_loops = None, None
     succeeded = False
     try:
-        trainer = DistillTrainer(config, sink, seed=seed)
+        trainer = trainer_class(config, sink, seed=seed)
         sink.phase("starting student, teacher and rollout workers")
         # The driver waits for the model workers for a while: time for the import that comes after them.
         threading.Thread(target=importlib.import_module, args=(ROLLOUT_SERVER,), daemon=True).start()
