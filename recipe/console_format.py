@@ -105,8 +105,13 @@ def validation_key(metrics: Mapping[str, Any]) -> str | None:
     return None if best is None else best[2]
 
 
+def _loss(metrics: Mapping[str, Any]) -> str:
+    """The distillation loss; without distillation the policy loss."""
+    return _metric("distill/loss" if "distill/loss" in metrics else "loss")(metrics)
+
+
 COLUMNS = (
-    Column("loss", 8, _metric("distill/loss"), 0),
+    Column("loss", 8, _loss, 0),
     Column("reward", 6, _fixed("reward/mean", 3), 1),
     Column("pass rate", 9, _pass_rate, 2),
     Column("rows", 5, _train_share, 3),

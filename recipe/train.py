@@ -95,7 +95,7 @@ def step_record(values: dict[str, Any]) -> dict[str, Any]:
     renamed = {
         "critic/score/mean": "reward/mean",
         "response_length/mean": "response/length",
-        "response_length/clip_ratio": "response/truncated",
+        "actor/loss": "loss",
         "timing_s/gen": "time/rollout",
         "timing_s/plan": "time/plan",
         "timing_s/student_pass": "time/student_pass",

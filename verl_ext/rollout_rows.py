@@ -52,7 +52,7 @@ def _fetch(keys: list[str], partition_id: str, fields: list[str]) -> Any:
     return data
 
 
-def read_rows(meta: KVBatchMeta, tokenizer: Any, *, texts: bool = True) -> RolloutRows:
+def read_rows(meta: KVBatchMeta, tokenizer: Any) -> RolloutRows:
     """Reads and orders the rows of a sampled batch.
 
     Raises:
@@ -90,7 +90,7 @@ def read_rows(meta: KVBatchMeta, tokenizer: Any, *, texts: bool = True) -> Rollo
         rollout_index=[parts[i][1] for i in order],
         rewards=rewards,
         errors=errors,
-        responses=tokenizer.batch_decode(responses, skip_special_tokens=True) if texts else [""] * len(order),
+        responses=tokenizer.batch_decode(responses, skip_special_tokens=True),
         feedback=[info.get("feedback") or None for info in extra],
         raw_prompts=[list(getattr(value, "data", value)) for value in list(data["raw_prompt"])],
         prompt_lengths=[len(row) for row in prompts],

@@ -96,6 +96,9 @@ def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any]) -> 
     servers = getattr(trainer, "llm_server_manager", None)
     for replica in servers.get_replicas() if servers is not None else []:
         actors += replica.servers
+    # Nothing else ends it: an actor without resources, a process of several hundred MB per session.
+    balancer = getattr(servers, "global_load_balancer", None)
+    actors += [balancer] if balancer is not None else []
     for actor in actors:
         ray.kill(actor)
     pools = getattr(trainer, "resource_pool_manager", None)

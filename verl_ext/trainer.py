@@ -234,6 +234,9 @@ class DistillTrainer(PPOTrainerSync):
         for uid in rows.batch.uids:
             sizes[uid] = sizes.get(uid, 0) + 1
         expected = self.config.actor_rollout_ref.rollout.n
+        lengths = rows.batch.response_lengths
+        limit = self.config.actor_rollout_ref.rollout.response_length
+        metrics["response/truncated"] = sum(length >= limit for length in lengths) / max(1, len(lengths))
         metrics["rollout/groups"] = len(sizes)
         metrics["rollout/groups_short"] = sum(size < expected for size in sizes.values())
         metrics["rollout/verifier_errors"] = sum(rows.errors)
@@ -383,9 +386,10 @@ class DistillTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         # Only reached without distillation: verl's own update, and the statistics of its groups for the same plots.
-        rows = real_rows(batch)
-        self._plan(read_rows(rows, self.tokenizer, texts=False), metrics)
-        metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in read_advantages(rows)]))
+        real = real_rows(batch)
+        rows = read_rows(real, self.tokenizer)
+        self._log_completions(rows, self._plan(rows, metrics))
+        metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in read_advantages(real)]))
         return super()._update_actor(batch, metrics)
 
     def on_step_end(self) -> None:

@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from recipe.sample import main, summarize
+from data_prep.tiny_world import write_data
+from recipe.sample import compose, main, run, summarize
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig
 from verl_ext.config import ConfigError
@@ -32,6 +33,13 @@ SETTINGS = {"model": {"path": "m", "fingerprint": "f"}, "sampling": {"temperatur
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny_world")
+    write_data(folder)
+    return str(folder / "test.parquet")
 
 
 @dataclass
@@ -423,9 +431,8 @@ def test_the_model_folder_of_a_checkpoint_is_found_or_explained(tmp_path: Path) 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_questions_of_the_data_files() -> None:
-    files = str(ROOT / "data" / "tiny_world" / "test.parquet")
-    config = OmegaConf.create({"data": {"val_files": files, "train_files": [files, files]}})
+def test_questions_of_the_data_files(questions: str) -> None:
+    config = OmegaConf.create({"data": {"val_files": questions, "train_files": [questions, questions]}})
     requests, repeats = read_questions(config, "test", limit=3)
     assert len(requests) == 3 and repeats == 0
     assert requests[0].ground_truth == "1" and requests[0].messages[0]["role"] == "user"
@@ -464,20 +471,18 @@ def test_the_spread_of_pass_rates() -> None:
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = [f"sample.out={tmp_path}"] if arguments else []
+    out = [f"sample.out={tmp_path}", f"data.val_files={questions}"] if arguments else []
     assert main([*out, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_full_store_needs_no_cluster_and_another_temperature_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recipe.sample import compose, run
-
-    call = [f"sample.out={tmp_path}", "sample.limit=2", "sample.k=1"]
+    call = [f"sample.out={tmp_path}", f"data.val_files={questions}", "sample.limit=2", "sample.k=1"]
     config = compose(call)
     identity = model_identity(config.actor_rollout_ref.model.path)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
