@@ -69,6 +69,8 @@ class GroupedAgentLoopWorker(_Worker):
         self._groups[kwargs["uid"]].outputs.append((output, kwargs))
 
     async def _hand_on(self, group: _Group) -> None:
+        # Rollouts end in any order; verl's rollout skip numbers them anew by the order they were written in.
+        group.outputs.sort(key=lambda pair: pair[1]["session_id"])
         await self._score(group)
         keys, fields, tags = [], [], []
         for output, kwargs in group.outputs:
