@@ -19,7 +19,7 @@ from recipe.environment import versions
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig, sample_config
 from verl_ext.config import ConfigError
-from verl_ext.sample_store import SampleStore, StoreError, read_store
+from verl_ext.sample_store import MANIFEST, SampleStore, StoreError, read_store
 from verl_ext.sampling import Sampler, SampleRequest, SampleResult, SamplingSettings, plan_jobs, store_settings
 from verl_ext.sampling_prompts import PromptBuilder, PromptError
 
@@ -87,6 +87,10 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             drawn = _draw(config, block, settings, requests, folder, screen)
         except REFUSALS as error:
             refused = error
+        except KeyboardInterrupt:
+            if (folder / MANIFEST).exists():
+                screen.progress(len(read_store(folder)[1]), "samples are in the store; the same command goes on")
+            raise
         else:
             summary = _summary(folder, requests, settings.k, screen)
             summary |= {"drawn": drawn, "seconds": round(time.perf_counter() - started, 1), "store": str(folder)}
@@ -164,7 +168,8 @@ class _Progress:
 
     def __init__(self, screen: RunConsole, done_before: int) -> None:
         self._screen, self._done_before = screen, done_before
-        self._started = self._last = time.monotonic()
+        self._first: float | None = None
+        self._last = 0.0
         self._right = self._judged = 0.0
 
     def __call__(self, result: SampleResult, done: int, total: int) -> None:
@@ -172,11 +177,14 @@ class _Progress:
             self._right += result.acc
             self._judged += 1
         now = time.monotonic()
+        if self._first is None:
+            # The first one takes the servers' warm-up; the pace is measured from here.
+            self._first = self._last = now
         if now - self._last < SECONDS_BETWEEN_LINES and done < total:
             return
         self._last = now
         right = f"{self._right / self._judged:.3f} right" if self._judged else "none judged"
-        left = (now - self._started) / done * (total - done)
+        left = (now - self._first) / max(1, done - 1) * (total - done)
         self._screen.progress(self._done_before + done, f"samples, {right}", left)
 
 

@@ -133,7 +133,8 @@ def _time_left(left: Sequence[StudyRun], rows: Mapping[str, Mapping[str, Any]]) 
 def _in_one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote error's message is a whole traceback; what happened stands in its last line.
-    text = (lines[-1] if "Traceback" in str(error) else lines[0]) if lines else ""
+    remote = "Traceback" in str(error) or "ray::" in str(error)
+    text = (lines[-1] if remote else lines[0]) if lines else ""
     return f"{type(error).__name__}: {text}"[:300]
 
 

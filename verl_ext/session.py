@@ -6,6 +6,7 @@ progress and Ctrl-C where the user is.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import threading
@@ -44,6 +45,7 @@ def run_session(
     Everything the session started is ended when it returns or raises; the cluster itself stays.
     """
     OmegaConf.resolve(config)
+    named_before = set(ray.util.list_named_actors())
     trainer, agent_loops = None, None
     succeeded = False
     try:
@@ -63,6 +65,7 @@ def run_session(
         if tracker is not None:
             tracker.finish(exit_code=0 if succeeded else 1)
         _end(trainer, agent_loops, hosts)
+        _end_named(set(ray.util.list_named_actors()) - named_before | _server_names(config))
         tq.close()
         _wait_for_resources()
 
@@ -105,6 +108,21 @@ def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any]) -> 
     for pool in pools.resource_pool_dict.values() if pools is not None else []:
         for group in pool.pgs or []:
             remove_placement_group(group)
+
+
+def _end_named(names: set[str]) -> None:
+    """A start that failed half way leaves actors that no object of ours knows; their names would block the next one."""
+    for name in names:
+        with contextlib.suppress(ValueError):  # it has ended in the meantime
+            ray.kill(ray.get_actor(name))
+
+
+def _server_names(config: DictConfig) -> set[str]:
+    """What verl calls its rollout servers. Ray lists no actor whose constructor failed, but keeps its name taken."""
+    nodes = config.trainer.nnodes
+    replicas = config.trainer.n_gpus_per_node * nodes
+    prefix = f"{config.actor_rollout_ref.rollout.name}_server"
+    return {f"{prefix}_{replica}_{node}" for replica in range(replicas) for node in range(nodes)}
 
 
 def _wait_for_resources() -> None:

