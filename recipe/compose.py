@@ -85,8 +85,7 @@ def _readable(error: BaseException, overrides: Sequence[str]) -> str:
 
 def check(config: DictConfig) -> None:
     """Everything that can be known before Ray starts. Raises ConfigError."""
-    run = settings.RunConfig(**OmegaConf.to_container(config.run, resolve=True))
-    run.validate()
+    distill.build(settings.RunConfig, OmegaConf.to_container(config.run, resolve=True), "run").validate()
     method = distill.distill_config(config.distill)
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     _check_batch(config)

@@ -93,10 +93,11 @@ def parse_study(found: Any, where: str) -> Study:
     names = [entry for entry, _, _ in entries]
     repeated = [entry for entry in names if names.count(entry) > 1]
     _expect(not repeated, where, "grid", repeated[:1], "a name of its own for every entry")
+    # Seeds outermost: a study that is stopped has compared its entries on the seeds it finished.
     runs = [
         StudyRun(entry, seed, (*base, *overrides), own or expected)
-        for entry, overrides, own in entries
         for seed in seeds
+        for entry, overrides, own in entries
     ]
     return Study(name, tuple(runs))
 

@@ -274,7 +274,8 @@ class DistillConfig:
             _fail("context.kind", "none", "sibling: a live teacher without privileged text equals the student")
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def build(cls: type, values: Any, path: str) -> Any:
+    """The block ``path`` as its dataclass. Raises ConfigError for an unknown key or a value of another type."""
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -287,7 +288,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     for name, value in values.items():
         default = known[name].default_factory if known[name].default_factory is not dataclasses.MISSING else None
         nested = default if isinstance(default, type) and is_dataclass(default) else None
-        built[name] = _build(nested, value, f"{path}.{name}") if nested else _typed(known[name], value, path)
+        built[name] = build(nested, value, f"{path}.{name}") if nested else _typed(known[name], value, path)
     return cls(**built)
 
 
@@ -313,7 +314,7 @@ def distill_config(values: Any) -> DistillConfig:
         from omegaconf import OmegaConf
 
         values = OmegaConf.to_container(values, resolve=True)
-    config = _build(DistillConfig, values, "distill")
+    config = build(DistillConfig, values, "distill")
     config.validate()
     return config
 

@@ -214,7 +214,10 @@ class DistillWorker(ActorRolloutRefWorker):
                 ROW_ID: torch.tensor([row_id for _, _, row_id in rows], device=prompts[0].device),
             }
         )
-        budget = max(int(self.config.ref.get("ppo_max_token_len_per_gpu") or 0), max(len(row) for row in inputs))
+        # verl renames the key while it builds a reference model; a live teacher has none.
+        ref = self.config.ref
+        limit = ref.get("ppo_max_token_len_per_gpu") or ref.get("log_prob_max_token_len_per_gpu") or 0
+        budget = max(int(limit), max(len(row) for row in inputs))
         tu.assign_non_tensor(
             batch,
             temperature=tu.get(data, "temperature"),

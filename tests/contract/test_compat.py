@@ -61,15 +61,6 @@ def test_the_platform_defines_every_member_that_verl_declares_abstract() -> None
     assert set(PlatformBase.__abstractmethods__) <= set(dir(ours))
 
 
-def test_without_the_plugin_verl_knows_no_cpu_platform() -> None:
-    done = python(
-        "import verl\nfrom verl.plugin.platform.platform_manager import PlatformRegistry\n"
-        "print(PlatformRegistry.get('cpu'))"
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "None"
-
-
 def test_a_plugin_that_fails_stops_import_verl_with_its_error(tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('the plugin could not be set up')\n")
     done = python("import verl; print('went on')", PYTHONPATH=str(tmp_path), VERL_USE_EXTERNAL_MODULES="broken_plugin")
