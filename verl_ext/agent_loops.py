@@ -63,7 +63,8 @@ class GroupedAgentLoopWorker(_Worker):
                 await self._hand_on(group)
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
-        if isinstance(output, list) or self.reward_loop_worker_handles is None or self.distillation_enabled:
+        plain = not isinstance(output, list) and self.processor is None and not self.distillation_enabled
+        if not plain or self.reward_loop_worker_handles is None:
             await super()._agent_loop_postprocess(output, validate, **kwargs)
             return
         self._groups[kwargs["uid"]].outputs.append((output, kwargs))

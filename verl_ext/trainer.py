@@ -90,6 +90,7 @@ class DistillTrainer(PPOTrainerSync):
         super().__init__(config)
         self._gap_measured = not self.distill.enabled
         self._resumed = False
+        self._warned_of_short_groups = False
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -238,7 +239,14 @@ class DistillTrainer(PPOTrainerSync):
         limit = self.config.actor_rollout_ref.rollout.response_length
         metrics["response/truncated"] = sum(length >= limit for length in lengths) / max(1, len(lengths))
         metrics["rollout/groups"] = len(sizes)
-        metrics["rollout/groups_short"] = sum(size < expected for size in sizes.values())
+        short = sum(size < expected for size in sizes.values())
+        metrics["rollout/groups_short"] = short
+        if short and not self._warned_of_short_groups:
+            self._warned_of_short_groups = True
+            self.sink.warning(
+                f"{short} of {len(sizes)} groups lost rollouts at step {self.global_steps}; their pass rates stand on "
+                "fewer samples (rollout/groups_short counts them; the rollout servers' logs say why)"
+            )
         metrics["rollout/verifier_errors"] = sum(rows.errors)
 
     def _dp_size(self) -> int:
