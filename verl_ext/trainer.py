@@ -90,6 +90,7 @@ class DistillTrainer(PPOTrainerSync):
         super().__init__(config)
         self._gap_measured = not self.distill.enabled
         self._resumed = False
+        self._trained = False
         self._warned_of_short_groups = False
 
     # ---------------------------------------------------------------------------------------------------- building
@@ -259,8 +260,9 @@ class DistillTrainer(PPOTrainerSync):
         """Steps 6 to 9 on the rows to forward."""
         work = layout.meta
         settings = {"temperature": self.config.actor_rollout_ref.rollout.temperature}
-        if self.global_steps == 1 and not self._resumed and self.distill.context.kind != "none":
+        if not self._trained and not self._resumed:
             self._check_teacher_equals_student(layout, settings)
+        self._trained = True
         work.extra_info = dict(settings)
         with marked_timer("student_pass", timing_raw):
             self._student_pass(work, metrics)

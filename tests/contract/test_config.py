@@ -1,0 +1,368 @@
+"""Every preset composes, says what its source says, and a wrong value is refused with the key and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from recipe import sample_settings, settings
+from recipe.compose import CONF, GROUPS, ROOT, choices, compose_config
+from recipe.train import help_text, main
+from verl_ext import config as distill
+from verl_ext.config import ConfigError, DistillConfig, distill_config
+from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
+
+pytestmark = pytest.mark.contract
+
+PRESETS = [f"{group}={name}" for group in GROUPS for name in choices(group)]
+
+
+def block(*overrides: str) -> dict[str, Any]:
+    """The composed ``distill`` block."""
+    return OmegaConf.to_container(compose_config(overrides).distill, resolve=True)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+# ------------------------------------------------------------------------------------------------------ composition
+
+
+def test_the_primary_config_is_sc_sdpo_on_the_tiny_world_and_validates() -> None:
+    config = compose_config([])
+    assert config.distill.method == "sc_sdpo"
+    assert config.actor_rollout_ref.model.path == str(ROOT / "models" / "tiny_world" / "plain")
+    assert isinstance(distill_config(config.distill), DistillConfig)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_validates(preset: str) -> None:
+    config = compose_config([preset])
+    distill_config(config.distill)
+    assert OmegaConf.to_container(config, resolve=True), "every interpolation resolves"
+
+
+def test_every_method_composes_with_every_model_and_hardware() -> None:
+    for model, hardware in itertools.product(choices("model"), choices("hardware")):
+        for method in ("sc_sdpo", "dr_grpo", "sdpo_rich_feedback"):
+            compose_config([f"method={method}", f"model={model}", f"hardware={hardware}"])
+
+
+def test_the_sampler_s_config_composes() -> None:
+    config = compose_config(["sample.out=somewhere"], name="sample")
+    assert sample_settings.sample_config(config).k == sample_settings.SampleConfig().k
+
+
+def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert folders - {"study"} == set(GROUPS)
+
+
+# ---------------------------------------------------------------------------------------------- one source of defaults
+
+
+def test_the_dataclasses_are_the_only_source_of_defaults() -> None:
+    assert distill.defaults() == dataclasses.asdict(DistillConfig())
+    assert distill_config(distill.defaults()) == DistillConfig()
+    assert distill_config({}) == DistillConfig()
+    assert settings.defaults() == dataclasses.asdict(settings.RunConfig())
+    assert sample_settings.defaults() == dataclasses.asdict(sample_settings.SampleConfig())
+
+
+def test_a_composed_block_has_exactly_the_keys_of_the_dataclass() -> None:
+    assert set(flat(block())) == set(flat(dataclasses.asdict(DistillConfig())))
+    run = OmegaConf.to_container(compose_config([]).run)
+    assert set(run) == {field.name for field in dataclasses.fields(settings.RunConfig)}
+
+
+def yaml_files() -> list[Path]:
+    return [path for path in CONF.rglob("*.yaml") if path.parent.name != "study"]
+
+
+@pytest.mark.parametrize("path", yaml_files(), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    found = {key: value for key, value in (yaml.safe_load(text) or {}).items() if key != "defaults"}
+    package = text.splitlines()[0].removeprefix("# @package ").strip() if text.startswith("# @package") else ""
+    if package.startswith("distill."):
+        found = {"distill": {package.removeprefix("distill."): found}}
+    known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
+    known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
+    ours = {key for key in flat(found) if key.split(".")[0] in ("distill", "run")}
+    assert ours <= known
+
+
+def test_the_templates_are_sdpo_s_byte_for_byte() -> None:
+    context = block("method=sdpo")["context"]
+    assert context["reprompt_template"] == REPROMPT_TEMPLATE == (
+        "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+    )
+    assert context["solution_template"] == SOLUTION_TEMPLATE == "\nCorrect solution:\n\n{successful_previous_attempt}"
+    assert context["feedback_template"] == FEEDBACK_TEMPLATE == (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+    )
+
+
+def test_configuration_docs_name_every_key_with_its_default() -> None:
+    rows = [line for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| `")]
+    documented = {line.split("`")[1]: [cell.strip() for cell in line.strip("|").split("|")] for line in rows}
+    blocks = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaults(),
+              "sample": sample_settings.defaults()}
+    expected = {f"{name}.{key}": value for name, values in blocks.items() for key, value in flat(values).items()}
+    assert set(documented) == set(expected)
+    for key, value in expected.items():
+        if key.endswith("_template"):
+            continue
+        shown = documented[key][2].strip("`")
+        assert yaml.safe_load(shown) == value, f"{key}: the page says {shown}, the default is {value!r}"
+
+
+# --------------------------------------------------------------------------------------------------- published presets
+
+PUBLISHED = {
+    "method=sdpo": {
+        "distill.coefficient": 1.0,
+        "distill.carrier": "loss",
+        "distill.teacher.kind": "ema",
+        "distill.teacher.update_rate": 0.05,
+        "distill.context.kind": "sibling",
+        "distill.context.demonstration": "first",
+        "distill.context.own_success": False,
+        "distill.context.remove_thinking": True,
+        "distill.context.success_threshold": 0.5,
+        "distill.context.feedback": False,
+        "distill.divergence.kind": "jsd",
+        "distill.divergence.alpha": 0.5,
+        "distill.divergence.support": "student_topk",
+        "distill.divergence.topk": 100,
+        "distill.divergence.tail": True,
+        "distill.divergence.aggregation": "seq-mean-token-mean",
+        "distill.weighting.alpha": 0.0,
+        "distill.weighting.beta": 0.0,
+        "actor_rollout_ref.actor.optim.lr": 1e-5,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
+        "actor_rollout_ref.rollout.n": 8,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "data.train_batch_size": 32,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
+        "distill.context.max_length": 10240,
+        "data.max_prompt_length": 2048,
+        "data.max_response_length": 8192,
+        "data.apply_chat_template_kwargs": {"enable_thinking": False},
+        "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
+    },
+    "method=sc_sdpo": {
+        "distill.weighting.alpha": 0.5,
+        "distill.weighting.beta": 0.5,
+        "distill.weighting.normalizer": "mean",
+        "distill.weighting.cap": None,
+        "distill.divergence.kind": "jsd",
+        "distill.teacher.update_rate": 0.05,
+        "actor_rollout_ref.actor.optim.lr": 1e-5,
+    },
+    "method=sdpo_rich_feedback": {
+        "distill.divergence.kind": "reverse_kl",
+        "distill.divergence.topk": 20,
+        "distill.teacher.update_rate": 0.01,
+        "distill.context.feedback": True,
+        "distill.context.feedback_only_without_solution": True,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+        "actor_rollout_ref.actor.optim.lr": 1e-6,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+    },
+    "method=sdpo_faithful": {
+        "algorithm.rollout_correction.rollout_is": "token",
+        "algorithm.rollout_correction.rollout_is_threshold": 2.0,
+        "distill.divergence.rollout_correction": True,
+        "distill.divergence.kind": "jsd",
+    },
+    "method=sdpo_token": {"distill.carrier": "advantage", "distill.coefficient": 1.0},
+    "method=sdpo_grpo": {"distill.coefficient": 0.5, "algorithm.norm_adv_by_std_in_grpo": True},
+    "method=grpo": {
+        "distill.coefficient": 0.0,
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": True,
+        "actor_rollout_ref.actor.loss_agg_mode": "token-mean",
+        "actor_rollout_ref.actor.clip_ratio_low": 0.2,
+        "actor_rollout_ref.actor.clip_ratio_high": 0.28,
+        "actor_rollout_ref.actor.use_kl_loss": False,
+        "algorithm.use_kl_in_reward": False,
+    },
+    "method=dr_grpo": {
+        "distill.coefficient": 0.0,
+        "algorithm.norm_adv_by_std_in_grpo": False,
+        "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum-norm",
+        "actor_rollout_ref.actor.loss_scale_factor": 8192,
+    },
+    "method=grpo_without_std": {
+        "algorithm.norm_adv_by_std_in_grpo": False,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
+        "algorithm.rollout_correction.rollout_is": "token",
+    },
+    "method=kernel_grpo": {
+        "algorithm.adv_estimator": "pass_rate_kernel",
+        "algorithm.pass_rate_kernel.alpha": 0.0,
+        "algorithm.pass_rate_kernel.beta": 0.0,
+    },
+    "weighting=beta_kernel": {"distill.weighting.alpha": 1.0, "distill.weighting.beta": 1.0},
+}
+
+
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_a_published_preset_has_the_values_its_source_states(preset: str) -> None:
+    config = compose_config([preset, "model=qwen3_8b", "hardware=gpu"])
+    found = {}
+    for key in PUBLISHED[preset]:
+        value = OmegaConf.select(config, key)
+        found[key] = OmegaConf.to_container(value) if isinstance(value, DictConfig) else value
+    assert found == PUBLISHED[preset]
+
+
+def test_sc_sdpo_with_exponents_of_zero_is_sdpo_but_for_the_name() -> None:
+    zero = compose_config(["method=sc_sdpo", "distill.weighting.alpha=0", "distill.weighting.beta=0"])
+    sdpo = compose_config(["method=sdpo"])
+    mine, reference = (flat(OmegaConf.to_container(config, resolve=True)) for config in (zero, sdpo))
+    different = {key for key in mine if mine[key] != reference[key]}
+    assert different == {"distill.method", "trainer.experiment_name"}
+
+
+def test_the_command_line_wins_over_every_preset() -> None:
+    config = compose_config(["method=sdpo", "teacher=live", "divergence=forward_kl_student_topk", "run.steps=7"])
+    assert (config.distill.teacher.kind, config.distill.divergence.kind) == ("live", "forward_kl")
+    assert config.trainer.total_training_steps == 7
+
+
+def test_gpu_presets_ask_for_flash_attention_with_packed_rows() -> None:
+    model = compose_config(["model=qwen3_8b", "hardware=gpu"]).actor_rollout_ref.model
+    assert model.use_remove_padding and model.override_config.attn_implementation == "flash_attention_2"
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=nope"], ["method=nope", "sc_sdpo"]),
+        (["data=nope"], ["data=nope", "tiny_world"]),
+        (["hello"], ["'hello'", "key=value"]),
+        (["run.stepz=3"], ["run.stepz=3", "'stepz'"]),
+        (["+run.stepz=3"], ["run.stepz", "steps"]),
+        (["distill.teacher.rate=1"], ["distill.teacher.rate=1"]),
+        (["+distill.teacher.rate=1"], ["distill.teacher.rate", "update_rate"]),
+        (["distill.teacher=3"], ["distill.teacher is 3", "a block of keys"]),
+        (["distill.context.max_length=abc"], ["distill.context.max_length is 'abc'", "int"]),
+        (["distill.divergence.topk=1.5"], ["distill.divergence.topk is 1.5", "int"]),
+        (["distill.divergence.tail=1"], ["distill.divergence.tail is 1", "bool"]),
+        (["run.quiet=maybe"], ["run.quiet is 'maybe'", "bool"]),
+        (["run.steps=0"], ["run.steps is 0", "from 1"]),
+        (["run.save_every=0"], ["run.save_every is 0", "-1"]),
+        (["run.platform=tpu"], ["run.platform is 'tpu'", "cpu or null"]),
+        (["distill.coefficient=1.5"], ["distill.coefficient is 1.5", "from 0.0 to 1.0"]),
+        (["distill.weighting.alpha=-1"], ["distill.weighting.alpha is -1.0", "from 0.0"]),
+        (["distill.weighting.normalizer=sum"], ["distill.weighting.normalizer is 'sum'", "mean_active"]),
+        (["distill.weighting.normalizer=constant"], ["distill.weighting.constant is None", "positive"]),
+        (["distill.divergence.kind=akl"], ["distill.divergence.kind is 'akl'", "jsd"]),
+        (["distill.context.demonstration=last"], ["distill.context.demonstration is 'last'", "shortest"]),
+        (["distill.context.feedback_template=x"], ["distill.context.feedback_template", "{feedback_raw}"]),
+        (["teacher=live", "distill.context.kind=none"], ["distill.context.kind", "equals the student"]),
+        (["actor_rollout_ref.rollout.n=1"], ["actor_rollout_ref.rollout.n is 1", "at least 2"]),
+        (
+            ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+            ["ulysses_sequence_parallel_size is 2", "allowed: 1"],
+        ),
+        (["actor_rollout_ref.actor.ppo_epochs=2"], ["ppo_epochs is 2", "allowed: 1"]),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels", "logits"]),
+        (["actor_rollout_ref.actor.use_kl_loss=true"], ["distill.teacher.kind is 'ema'", "KL", "live"]),
+        (["algorithm.use_kl_in_reward=true", "teacher=frozen"], ["distill.teacher.kind is 'frozen'", "KL"]),
+        (["actor_rollout_ref.ref.fsdp_config.model_dtype=bf16"], ["model_dtype is 'bf16'", "fp32"]),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=5"], ["ppo_mini_batch_size is 5", "divisor", "16"]),
+        (["trainer.n_gpus_per_node=3"], ["16 prompts x 8 rollouts = 128 rows", "3 ranks"]),
+        (["actor_rollout_ref.rollout.max_model_len=64"], ["max_model_len is 64", "= 112"]),
+        (["actor_rollout_ref.actor.strategy=megatron"], ["strategy is 'megatron'", "fsdp2"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and "=" in value[-1] else None,
+)
+def test_a_wrong_setting_is_refused_with_the_key_the_value_and_what_is_allowed(
+    overrides: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(overrides)
+    message = str(caught.value)
+    assert [part for part in expected if part not in message] == []
+    assert "\n" not in message
+
+
+def test_what_distillation_forbids_is_allowed_without_it() -> None:
+    compose_config(["method=grpo", "actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.use_kl_loss=true"])
+    compose_config(["method=grpo", "actor_rollout_ref.actor.ppo_epochs=2"])
+
+
+def test_single_rollouts_are_allowed_where_feedback_is_the_context() -> None:
+    compose_config(["method=sdpo_rich_feedback", "actor_rollout_ref.rollout.n=1"])
+
+
+def test_a_live_teacher_may_stand_beside_a_kl_term() -> None:
+    compose_config(["method=sdpo_grpo", "teacher=live", "actor_rollout_ref.actor.use_kl_loss=true"])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def test_help_lists_every_preset_of_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == help_text().strip()
+    for group in GROUPS:
+        line = next(line for line in printed.splitlines() if line.strip().startswith(f"{group} "))
+        assert [name for name in choices(group) if name not in line] == []
+
+
+def test_a_wrong_setting_ends_the_command_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["method=nope"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: method=nope") and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg", "method=sdpo"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["distill"]["method"] == "sdpo"
+
+
+# ------------------------------------------------------------------------------------------------ verl's own dataclasses
+
+
+def test_verl_builds_its_dataclasses_from_the_blocks_we_touch() -> None:
+    """In a process of its own: the model block looks for its files, and verl reads the platform when it is imported."""
+    code = """
+from recipe.cluster import prepare_environment
+prepare_environment("cpu")
+from recipe.compose import choices, compose_config
+from verl.utils.config import omega_conf_to_dataclass as build
+for method in choices("method"):
+    for hardware in choices("hardware"):
+        block = compose_config([f"method={method}", f"hardware={hardware}"]).actor_rollout_ref
+        actor, rollout = build(block.actor), build(block.rollout)
+        assert actor.loss_agg_mode == block.actor.loss_agg_mode
+        assert actor.loss_scale_factor == block.actor.loss_scale_factor
+        assert (rollout.n, rollout.max_model_len) == (block.rollout.n, block.rollout.max_model_len)
+assert build(block.model).path == block.model.path
+print("built")
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split()[-1:] == ["built"], done.stderr[-3000:]
