@@ -120,6 +120,8 @@ def _ray_init_settings(config: DictConfig, environment: dict[str, str]) -> dict[
     settings: dict[str, Any] = {"log_to_driver": False, "runtime_env": runtime, "configure_logging": False}
     if not os.environ.get("RAY_ADDRESS"):
         wanted = needed(config)
+        # Never join a cluster that somebody else started on this machine.
+        settings["address"] = "local"
         settings["include_dashboard"] = False
         settings["num_cpus"] = config.run.ray_num_cpus or int(wanted["CPU"]) + 2
         if config.run.platform == "cpu":

@@ -16,5 +16,3 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 
     cpu_platform.register()
     compat.patch_for_cpu()
-
-LOADED = True

@@ -319,6 +319,7 @@ def test_aggregation_divides_by_the_fixed_counts_it_is_given(mode: str, expected
 
 def test_verls_sequence_mean_equals_ours_where_every_weight_is_one() -> None:
     from verl.trainer.ppo.core_algos import agg_loss
+
     from verl_ext.loss import aggregate
 
     for mode in ("token-mean", "seq-mean-token-mean"):
@@ -549,7 +550,8 @@ def test_a_sum_metric_adds_over_micro_batches_and_averages_over_ranks() -> None:
         metric = Metric(value=torch.tensor(rank), aggregation=AggregationType.SUM)
         metric.append(torch.tensor(10.0))
         ranks.append(metric)
-    assert float(Metric.aggregate_dp(ranks)) == pytest.approx((11.0 + 12.0) / 2), "why our loss carries a factor of the ranks"
+    # Why our loss carries a factor of the number of ranks.
+    assert float(Metric.aggregate_dp(ranks)) == pytest.approx((11.0 + 12.0) / 2)
 
 
 def test_advantage_estimators_of_ours_are_registered_with_verl() -> None:

@@ -1,9 +1,8 @@
-"""The sampler and its store: what is drawn, what is written, what is refused. Only the rollout server is a stand-in."""
+"""The sampler: what is drawn, judged, written and refused. Only the rollout server is a stand-in."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from data_prep.tiny_world import write_data
-from recipe.sample import compose, main, run, summarize
-from recipe.sample_data import read_questions
-from recipe.sample_settings import SampleConfig
+from recipe.sample import summarize
 from verl_ext.config import ConfigError
-from verl_ext.model_identity import checkpoint_weights, model_identity, weights_fingerprint
 from verl_ext.sample_store import SampleStore, StoreError, differences, read_store
 from verl_ext.sampling import Sampler, SampleRequest, SamplingSettings
 from verl_ext.sampling_prompts import PromptBuilder, PromptError
@@ -33,13 +28,6 @@ SETTINGS = {"model": {"path": "m", "fingerprint": "f"}, "sampling": {"temperatur
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny_world")
-    write_data(folder)
-    return str(folder / "test.parquet")
 
 
 @dataclass
@@ -292,85 +280,12 @@ def test_what_is_finished_survives_a_failing_server(tokenizer: Any, tmp_path: Pa
     assert sorted(row["sample"] for row in read_store(tmp_path)[1]) == [0, 1, 2]
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    with SampleStore(tmp_path, SETTINGS) as store:
-        store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-    other = {"model": {"path": "m", "fingerprint": "g"}, "sampling": {"temperature": 0.7, "top_p": 0.9}}
-    with pytest.raises(StoreError) as refusal:
-        SampleStore(tmp_path, other)
-    message = str(refusal.value)
-    assert "model.fingerprint: the store has 'f', asked for 'g'" in message
-    assert "sampling.temperature: the store has 1.0, asked for 0.7" in message and "sampling.top_p" in message
-    assert "model.path" not in message
-    assert len(read_store(tmp_path)[1]) == 1
-
-
-def test_a_store_without_samples_takes_new_settings(tmp_path: Path) -> None:
-    SampleStore(tmp_path, SETTINGS).close()
-    other = {"model": {"path": "n"}}
-    with SampleStore(tmp_path, other) as store:
-        store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-    assert read_store(tmp_path) == (other, [{"question_id": "q", "sample": 0, "prompt": "p"}])
-
-
-def test_a_torn_last_line_is_drawn_again_and_a_whole_one_kept(tmp_path: Path) -> None:
-    with SampleStore(tmp_path, SETTINGS) as store:
-        for sample in range(3):
-            store.append({"question_id": "q", "sample": sample, "prompt": "p", "text": "x" * 100_000})
-        path = store.path
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-50])
-    assert len(read_store(tmp_path)[1]) == 2
-    with SampleStore(tmp_path, SETTINGS) as store:
-        assert len(store) == 2
-        store.append({"question_id": "q", "sample": 2, "prompt": "p"})
-    assert [row["sample"] for row in read_store(tmp_path)[1]] == [0, 1, 2]
-    path.write_bytes(whole[:-1])  # only the end of the line is missing
-    with SampleStore(tmp_path, SETTINGS) as store:
-        assert len(store) == 3
-    assert path.read_bytes() == whole
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    with SampleStore(tmp_path, SETTINGS) as store:
-        store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-        path = store.path
-    path.write_bytes(b"{broken\n" + path.read_bytes())
-    with pytest.raises(StoreError, match=r"samples-.*\.jsonl, line 1: not a sample"):
-        SampleStore(tmp_path, SETTINGS)
-
-
-def test_one_writer_at_a_time_and_no_sample_twice(tmp_path: Path) -> None:
-    with SampleStore(tmp_path, SETTINGS) as store:
-        store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-        with pytest.raises(StoreError, match="sample 0 of question q is there already"):
-            store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-        with pytest.raises(StoreError, match="another process is writing"):
-            SampleStore(tmp_path, SETTINGS)
-    SampleStore(tmp_path, SETTINGS).close()
-
-
 def test_a_question_whose_prompt_changed_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with SampleStore(tmp_path, SETTINGS) as store:
         sampler(FakeClient(tokenizer)).run([REQUEST], store)
         changed = SampleRequest("q1", [{"role": "user", "content": "Work left to right mod 10: 7(a)+5"}])
         with pytest.raises(StoreError, match="question q1 was sampled from another prompt"):
             sampler(FakeClient(tokenizer)).run([changed], store)
-
-
-def test_samples_without_their_manifest_are_refused(tmp_path: Path) -> None:
-    with SampleStore(tmp_path, SETTINGS) as store:
-        store.append({"question_id": "q", "sample": 0, "prompt": "p"})
-    (tmp_path / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="has no manifest.json beside it"):
-        SampleStore(tmp_path, SETTINGS)
-
-
-def test_half_a_surrogate_pair_comes_back_as_it_was(tmp_path: Path) -> None:
-    row = {"question_id": "q", "sample": 0, "prompt": "p", "text": "a\ud83dü\nb"}
-    with SampleStore(tmp_path, SETTINGS) as store:
-        store.append(row)
-    assert read_store(tmp_path)[1] == [row]
 
 
 def test_the_identity_holds_what_decides_a_sample(tokenizer: Any) -> None:
@@ -384,122 +299,3 @@ def test_the_identity_holds_what_decides_a_sample(tokenizer: Any) -> None:
     changed = differences(settings(2, 1.0, {}), settings(2, 0.5, {"enable_thinking": False}))
     assert any("sampling.temperature" in line for line in changed)
     assert any("enable_thinking" in line for line in changed)
-
-
-# --- which model -----------------------------------------------------------------------------------------------------
-
-
-def test_the_fingerprint_sees_contents_and_not_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def model(weights: bytes) -> Path:
-        (tmp_path / "config.json").write_text('{"hidden_size": 8}')
-        (tmp_path / "model.safetensors").write_bytes(weights)
-        return tmp_path
-
-    first = weights_fingerprint(model(b"\0" * 4000))
-    assert weights_fingerprint(model(b"\0" * 4000)) == first
-    assert weights_fingerprint(model(b"\0" * 3999 + b"\1")) != first
-    # Large files are read in blocks: a checkpoint of the same run differs nearly everywhere.
-    monkeypatch.setattr("verl_ext.model_identity.WHOLE_FILE_BYTES", 1000)
-    monkeypatch.setattr("verl_ext.model_identity.BLOCK_BYTES", 100)
-    monkeypatch.setattr("verl_ext.model_identity.BLOCKS", 5)
-    first = weights_fingerprint(model(bytes(range(250)) * 16))
-    assert weights_fingerprint(model(bytes(range(1, 251)) * 16)) != first
-
-
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no config.json"):
-        weights_fingerprint(tmp_path)
-    with pytest.raises(ConfigError, match="no folder and no name on the hub"):
-        model_identity("/does/not/exist")
-
-
-def test_the_model_folder_of_a_checkpoint_is_found_or_explained(tmp_path: Path) -> None:
-    actor = tmp_path / "actor"
-    actor.mkdir()
-    with pytest.raises(ConfigError, match="holds no model"):
-        checkpoint_weights(str(tmp_path))
-    (actor / "model_world_size_1_rank_0.pt").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="verl.model_merger merge --backend fsdp --local_dir .*actor"):
-        checkpoint_weights(str(tmp_path))
-    merged = actor / "huggingface"
-    merged.mkdir()
-    (merged / "config.json").write_text("{}")
-    (merged / "model.safetensors").write_bytes(b"x")
-    assert checkpoint_weights(str(tmp_path)) == merged == checkpoint_weights(str(actor))
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_questions_of_the_data_files(questions: str) -> None:
-    config = OmegaConf.create({"data": {"val_files": questions, "train_files": [questions, questions]}})
-    requests, repeats = read_questions(config, "test", limit=3)
-    assert len(requests) == 3 and repeats == 0
-    assert requests[0].ground_truth == "1" and requests[0].messages[0]["role"] == "user"
-    requests, repeats = read_questions(config, "train")
-    assert len(requests) == 150 == repeats
-    config.data.val_files = "/missing.parquet"
-    with pytest.raises(ConfigError, match="data.val_files: /missing.parquet does not exist"):
-        read_questions(config, "test")
-
-
-def test_the_spread_of_pass_rates() -> None:
-    rows = [
-        {"question_id": q, "sample": i, "status": "ok", "acc": acc, "truncated": i == 0}
-        for q, verdicts in (("a", [1.0, 1.0]), ("b", [1.0, 0.0]), ("c", [0.0, 0.0]))
-        for i, acc in enumerate(verdicts)
-    ]
-    rows.append({"question_id": "d", "sample": 0, "status": "error", "acc": None, "truncated": False})
-    summary = summarize(rows)
-    assert (summary["questions"], summary["samples"], summary["truncated"], summary["verifier_errors"]) == (4, 7, 3, 1)
-    assert summary["mean"] == 0.5 and summary["pass_rate_std"] == pytest.approx((1 / 6) ** 0.5, abs=1e-6)
-    assert (summary["pass_rate_min"], summary["pass_rate_max"]) == (0.0, 1.0)
-    assert summarize([])["mean"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "sample.out has no value"),
-        (["sample.split=dev"], "sample.split is 'dev'; allowed: train, test"),
-        (["sample.k=0"], "sample.k is 0"),
-        (["sample.temperature=0"], "sample.k is 8; allowed: 1 with temperature 0"),
-        (["sample.kk=3"], "sample.kk=3"),
-        (["model=huge"], "model=huge does not exist; model is one of"),
-        (["sample.checkpoint=/does/not/exist"], "/does/not/exist is no folder"),
-        (["data.val_files=/missing.parquet"], "/missing.parquet does not exist"),
-    ],
-)
-def test_a_wrong_call_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = [f"sample.out={tmp_path}", f"data.val_files={questions}"] if arguments else []
-    assert main([*out, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-def test_a_full_store_needs_no_cluster_and_another_temperature_is_refused(
-    questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call = [f"sample.out={tmp_path}", f"data.val_files={questions}", "sample.limit=2", "sample.k=1"]
-    config = compose(call)
-    identity = model_identity(config.actor_rollout_ref.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    verifier = Verifier.from_config(config)
-    drawn = SampleConfig(out=str(tmp_path), k=1).sampling(config.data.max_response_length)
-    ready = Sampler(FakeClient(tokenizer), tokenizer, drawn, verifier)
-    with SampleStore(tmp_path, ready.identity(identity)) as store:
-        ready.run(read_questions(config, "test", 2)[0], store)
-    summary = run(config)
-    assert (summary["questions"], summary["samples"], summary["drawn"]) == (2, 2, 0)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
-    assert main([*call, "sample.temperature=0.5"]) == 2
-    error = capsys.readouterr().err
-    assert "sampling.temperature: the store has 1.0, asked for 0.5" in error and error.count("\n") == 1
-
-
-def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"sample.{key}" in text for key in SampleConfig.__dataclass_fields__)
