@@ -46,9 +46,24 @@ def test_a_question_none_of_whose_samples_came_back_counts_as_wrong() -> None:
 def test_a_verifier_error_is_no_answer_and_is_counted_on_its_own() -> None:
     rows = sixteen(4)
     rows[15] = ("s", "q", 0.0, None, "error")
-    values = measure(rows)
-    assert values["val/verifier_errors"] == 1 and values["val/missing_samples"] == 0
-    assert values["val/mean@15"] == pytest.approx(4 / 15)
+    for expected in (None, {("s", "q"): 16}):
+        values = measure(rows, expected)
+        assert values["val/verifier_errors"] == 1 and values["val/missing_samples"] == 0
+        assert values["val/mean@16"] == pytest.approx(4 / 15), "the name says how many samples were asked for"
+        assert "val/pass@8" in values and "val/pass@16" not in values
+
+
+def test_errors_and_lost_samples_of_one_question_are_told_apart() -> None:
+    rows = sixteen(4)[:10] + [("s", "q", 0.0, None, "error")] * 2
+    values = measure(rows, {("s", "q"): 16})
+    assert values["val/verifier_errors"] == 2 and values["val/missing_samples"] == 4
+    assert values["val/mean@16"] == pytest.approx(4 / 14)
+
+
+def test_a_question_with_verifier_errors_only_is_left_out_of_the_mean() -> None:
+    rows = sixteen(4) + [("s", "broken", 0.0, None, "error")] * 16
+    values = measure(rows, {("s", "q"): 16, ("s", "broken"): 16})
+    assert values["val/mean@16"] == 0.25 and values["val/verifier_errors"] == 16
 
 
 def test_nothing_but_verifier_errors_gives_counts_and_no_accuracy() -> None:
