@@ -78,9 +78,9 @@ def main() -> int:
         prepare_environment(config.run.platform)
         times = Times()
         with ray_cluster(config):
-            from verl_ext import early
+            from verl_ext.early import start
 
-            hosts = early.start(config)
+            early = start(config)
             from verl_ext.session import run_session
             from verl_ext.trainer import DistillTrainer
 
@@ -95,7 +95,7 @@ def main() -> int:
                         compaction=dataclasses.replace(self.distill.compaction, enable=compaction),
                     )
 
-            run_session(config, times, hosts, trainer_class=Alternating)
+            run_session(config, times, early, trainer_class=Alternating)
     measured = times.steps[len(MODES) :]  # the first cycle warms up
     seconds = np.array([sum(step[phase] for phase in PHASES) for step in measured]).reshape(-1, len(MODES))
     result: dict[str, Any] = {

@@ -145,12 +145,12 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         sink = _Sink(files, screen, started, resume_step)
         screen.phase("starting Ray")
         with importing("verl_ext.session"), ray_cluster(config):
-            from verl_ext import early
+            from verl_ext.early import start
 
-            hosts = early.start(config)
+            early = start(config)
             from verl_ext.session import run_session
 
-            run_session(config, sink, hosts, seed=config.run.seed)
+            run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         summary["report"] = str(build_report(output))

@@ -7,6 +7,7 @@ the model workers import.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -35,20 +36,30 @@ class AgentLoopHost:
         await (await self._worker).generate_sequences(batch)
 
 
-def start(config: Any) -> list[Any]:
+@dataclass
+class Early:
+    """What :func:`start` started.
+
+    Attributes:
+        hosts: agent-loop processes; empty where verl's own manager is used.
+        free: the cluster's free resources before anything was started.
+    """
+
+    hosts: list[Any]
+    free: dict[str, float]
+
+
+def start(config: Any) -> Early:
     """Starts TransferQueue and, where the configuration asks for grouped agent loops, their processes.
 
     Ray must be initialised. Ended by :func:`verl_ext.session.run_session`.
-
-    Returns:
-        handles of the agent-loop processes; empty where verl's own manager is used.
     """
     agent = config.actor_rollout_ref.rollout.agent
-    hosts = []
+    started = Early([], ray.available_resources())
     if agent.get("agent_loop_manager_class") == GROUPED_AGENT_LOOPS:
-        hosts = [ray.remote(AgentLoopHost).options(num_cpus=1).remote() for _ in range(agent.num_workers)]
+        started.hosts = [ray.remote(AgentLoopHost).options(num_cpus=1).remote() for _ in range(agent.num_workers)]
     import transfer_queue
 
     config.transfer_queue.enable = True
     transfer_queue.init(config.transfer_queue)
-    return hosts
+    return started

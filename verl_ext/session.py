@@ -20,6 +20,7 @@ from ray.util.placement_group import remove_placement_group
 from verl.utils.import_utils import load_class_from_fqn
 
 from verl_ext.agent_loops import GroupedAgentLoopManager, OneServerClient
+from verl_ext.early import Early
 from verl_ext.trainer import DistillTrainer, StepSink
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ ROLLOUT_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 def run_session(
     config: DictConfig,
     sink: StepSink,
-    hosts: list[Any],
+    early: Early,
     *,
     seed: int = 0,
     trainer_class: type[DistillTrainer] = DistillTrainer,
@@ -39,7 +40,7 @@ def run_session(
     """Trains to the end of the configured steps.
 
     Args:
-        hosts: what :func:`verl_ext.early.start` returned; it must have been called before.
+        early: what :func:`verl_ext.early.start` returned.
         trainer_class: a trainer that measures or tries something.
 
     Everything the session started is ended when it returns or raises; the cluster itself stays.
@@ -55,7 +56,7 @@ def run_session(
         threading.Thread(target=importlib.import_module, args=(ROLLOUT_SERVER,), daemon=True).start()
         trainer.init()
         sink.phase("starting agent loops")
-        agent_loops = _agent_loops(config, trainer, hosts)
+        agent_loops = _agent_loops(config, trainer, early.hosts)
         sink.phase("training")
         trainer.fit(agent_loops)
         succeeded = True
@@ -64,10 +65,10 @@ def run_session(
         tracker = getattr(trainer, "_logger", None)
         if tracker is not None:
             tracker.finish(exit_code=0 if succeeded else 1)
-        _end(trainer, agent_loops, hosts)
+        _end(trainer, agent_loops, early.hosts)
         _end_named(set(ray.util.list_named_actors()) - named_before | _server_names(config))
         tq.close()
-        _wait_for_resources()
+        _wait_for_resources(early.free)
 
 
 def _agent_loops(config: DictConfig, trainer: DistillTrainer, hosts: list[Any]) -> Any:
@@ -125,9 +126,9 @@ def _server_names(config: DictConfig) -> set[str]:
     return {f"{prefix}_{replica}_{node}" for replica in range(replicas) for node in range(nodes)}
 
 
-def _wait_for_resources() -> None:
+def _wait_for_resources(before: dict[str, float]) -> None:
     """The next session may start at once: what this one held must be free again."""
-    held = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    held = {name: amount for name, amount in before.items() if name in ("CPU", "GPU")}
     deadline = time.monotonic() + SECONDS_TO_END
     while time.monotonic() < deadline:
         free = ray.available_resources()
