@@ -9,7 +9,7 @@ Usage: scripts/quickstart.sh [KEY=VALUE…] [--help]
 Sets the CPU stack up (scripts/setup.sh), makes the tiny world's data if there is none, and trains its small model with SC-SDPO
 on the real stack (verl, Ray, vLLM, FSDP). No GPU, account or download of a model is needed.
 
-KEY=VALUE overrides the configuration, for example: scripts/quickstart.sh method=grpo trainer.total_training_steps=5
+KEY=VALUE overrides the configuration, for example: scripts/quickstart.sh method=grpo run.steps=5
 EOF
 }
 

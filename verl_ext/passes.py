@@ -6,6 +6,7 @@ processor: it must return one value per token), and with ``model_output`` afterw
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def _token_log_probs(logits_MV: torch.Tensor, ids_M: torch.Tensor) -> torch.Tens
     return support_log_probs(logits_MV, ids_M.unsqueeze(1)).squeeze(1)
 
 
-class ForwardPass:
+class ForwardPass(ABC):
     """A pass without gradient that leaves its result in the store instead of returning it."""
 
     def __call__(
@@ -49,9 +50,9 @@ class ForwardPass:
             return {}
         return torch.zeros((), device=data["input_ids"].device), {}
 
+    @abstractmethod
     def collect(self, logits_NV: torch.Tensor, data: TensorDict) -> None:
         """Reads the logits of one packed micro-batch, already divided by the temperature."""
-        raise NotImplementedError
 
 
 class StudentSupport(ForwardPass):

@@ -21,7 +21,8 @@ from verl.utils.import_utils import load_class_from_fqn
 
 from verl_ext.agent_loops import GroupedAgentLoopManager, OneServerClient
 from verl_ext.early import Early
-from verl_ext.trainer import DistillTrainer, StepSink
+from verl_ext.step_sink import StepSink
+from verl_ext.trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 

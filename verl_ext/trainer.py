@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -34,48 +34,12 @@ from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.config import distill_config
 from verl_ext.loss import WEIGHT
-from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows, read_rows
+from verl_ext.step_sink import StepSink, Tee
+from verl_ext.teacher_checks import GapAlarm, check_equality, measure_gap
 from verl_ext.validation import validation_metrics
 from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_rank_multiple
 from verl_ext.worker import DistillWorker
-
-
-class StepSink(Protocol):
-    """Where a step's metrics and sampled completions go."""
-
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """One flat row per step; step 0 holds the validation before training."""
-
-    def completions(self, rows: list[dict[str, Any]]) -> None:
-        """Sampled rollouts with their teacher context."""
-
-    def phase(self, text: str) -> None:
-        """A stage of the start."""
-
-    def warning(self, text: str) -> None:
-        """Something the user should see at once."""
-
-    def validated(self, seconds: float) -> None:
-        """A validation took so long."""
-
-
-class _Tee:
-    """verl's tracker and our sink."""
-
-    def __init__(self, tracker: Any, sink: StepSink) -> None:
-        self._tracker, self._sink = tracker, sink
-
-    def log(self, data: dict[str, Any], step: int) -> None:
-        self._tracker.log(data=data, step=step)
-        self._sink.metrics(step, data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tracker, name)
-
-
-class NegativeTeacherGap(RuntimeError):
-    """The teacher with its context finds the student's right answers less likely than the student does."""
 
 
 class DistillTrainer(PPOTrainerSync):
@@ -88,7 +52,8 @@ class DistillTrainer(PPOTrainerSync):
         with open_dict(config):
             config.actor_rollout_ref.distill = config.distill
         super().__init__(config)
-        self._gap_measured = not self.distill.enabled
+        self._gap_alarm = GapAlarm(self.distill)
+        self._self_check: dict[str, float] = {}
         self._resumed = False
         self._trained = False
         self._warned_of_short_groups = False
@@ -125,7 +90,7 @@ class DistillTrainer(PPOTrainerSync):
     @logger.setter
     def logger(self, tracker: Any) -> None:
         # ``fit`` builds its tracker itself; this is where ours joins it.
-        self._logger = _Tee(tracker, self.sink)
+        self._logger = Tee(tracker, self.sink)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -426,53 +391,18 @@ class DistillTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------------------------------------- self-checks
 
     def _check_teacher_equals_student(self, layout: Work, settings: dict) -> None:
-        """Before the first step both have the same weights: on equal prompts their divergence must be 0.
-
-        Raises:
-            RuntimeError: it is not; the run would train on a broken alignment or another model.
-        """
+        """Before the first update both have the same weights."""
         few = layout.part(8, rows_per_rank_multiple(self.config))
         self._call(self.actor_rollout_wg.compute_discrepancy, few, settings)
-        data = tq.kv_batch_get(keys=few.keys, partition_id=few.partition_id, select_fields=["mean", "largest"])
-        mean, largest = float(data["mean"].max()), float(data["largest"].max())
-        tolerance = self.distill.teacher.self_check_tolerance
-        if not mean <= tolerance:
-            raise RuntimeError(
-                f"self-check: on equal prompts teacher and student differ by {mean:.3g} nats a token (largest "
-                f"{largest:.3g}), more than distill.teacher.self_check_tolerance={tolerance:g}. They must start from "
-                "the same weights, in the same precision and with the same chat template."
-            )
-        self._self_check = {"self_check/divergence": mean, "self_check/divergence_largest": largest}
+        self._self_check = check_equality(few, self.distill.teacher.self_check_tolerance)
 
     def _measure_gap(self, rows: RolloutRows, work: KVBatchMeta, metrics: dict) -> None:
-        """Teacher gap: mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers (and on wrong ones)."""
-        metrics.update(getattr(self, "_self_check", {}))
+        metrics.update(self._self_check)
         self._self_check = {}
-        data = tq.kv_batch_get(
-            keys=work.keys, partition_id=work.partition_id, select_fields=["teacher_gap", ROW_ID]
-        )
-        gaps, row_ids = data["teacher_gap"], data[ROW_ID]
-        right = rows.rewards >= self.distill.context.success_threshold
-        known = ~torch.isnan(gaps) & (row_ids >= 0)
-        gaps, is_right = gaps[known], right[row_ids[known]]
-        for name, part in (("gap", gaps[is_right]), ("gap_wrong", gaps[~is_right])):
-            if len(part):
-                metrics[f"teacher/{name}"] = float(part.mean())
-                metrics[f"teacher/{name}_median"] = float(part.median())
-        if self._gap_measured or not is_right.any():
-            return
-        self._gap_measured = True
-        # The median: a few answers that are right by luck, with wrong steps, would decide a mean.
-        gap, action = metrics["teacher/gap_median"], self.distill.teacher.on_negative_gap
-        if gap < 0 and action != "ignore":
-            message = (
-                f"the teacher with its context finds the student's right answers less likely than the student does "
-                f"(gap {gap:.3f} nats a token at step {self.global_steps}): the model may not read this context. "
-                "Look at completions.jsonl; set distill.teacher.on_negative_gap=ignore to go on without this message."
-            )
-            if action == "stop":
-                raise NegativeTeacherGap(message)
-            self.sink.warning(message)
+        metrics.update(measure_gap(work, rows.rewards, self.distill.context.success_threshold))
+        warning = self._gap_alarm.look(metrics, self.global_steps)
+        if warning:
+            self.sink.warning(warning)
 
     # -------------------------------------------------------------------------------------------------- validation
 
@@ -512,7 +442,7 @@ class DistillTrainer(PPOTrainerSync):
         self._resumed = self.global_steps > 0
         if not self._resumed:
             return
-        self._gap_measured = True
+        self._gap_alarm.measured = True
         if self._teacher_is_saved:
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "teacher"
             self.actor_rollout_wg.load_teacher(str(folder.absolute()))

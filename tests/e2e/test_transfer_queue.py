@@ -1,4 +1,4 @@
-"""What we rely on in TransferQueue, on a real one: columns survive, a stale meta hides fields, a wrong name is silent."""
+"""What we rely on in TransferQueue, on a real one: columns survive, metas grow stale, wrong names are silent."""
 
 from __future__ import annotations
 
