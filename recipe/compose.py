@@ -106,6 +106,18 @@ def check(config: DictConfig) -> None:
 
 def _check_batch(config: DictConfig) -> None:
     actor, batch = config.actor_rollout_ref.actor, config.data.train_batch_size
+    for key in (
+        "data.train_batch_size",
+        "data.max_prompt_length",
+        "data.max_response_length",
+        "actor_rollout_ref.actor.ppo_mini_batch_size",
+        "actor_rollout_ref.rollout.n",
+        "trainer.n_gpus_per_node",
+        "trainer.nnodes",
+    ):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{key} is {value!r}; allowed: a whole number from 1")
     if batch % actor.ppo_mini_batch_size:
         raise ConfigError(
             f"actor_rollout_ref.actor.ppo_mini_batch_size is {actor.ppo_mini_batch_size}; "

@@ -17,7 +17,7 @@ class RunConfig:
             under ``outputs/``.
         seed: of data order, rollouts, demonstrations and initialisation.
         steps: trainer steps in all.
-        val_every: validate every so many steps (-1: only at the ends).
+        val_every: validate every so many steps and after the last (-1: never after the start).
         val_before: validate before the first step.
         val_samples: samples per question in validation (the k of mean@k).
         save_every: checkpoint every so many steps (-1: none).

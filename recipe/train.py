@@ -32,7 +32,7 @@ Often used keys:
   run.output_dir=DIR        where everything goes; a folder with checkpoints is resumed
   run.steps=N               trainer steps in all
   run.seed=N                data order, rollouts, demonstrations
-  run.val_every=N           validate every N steps (-1: never between the ends)
+  run.val_every=N           validate every N steps and after the last (-1: never)
   run.save_every=N          checkpoint every N steps (-1: never)
   distill.weighting.alpha=A distill.weighting.beta=B     question weight p^A (1-p)^B
   distill.teacher.update_rate=TAU                        EMA rate

@@ -7,6 +7,8 @@ where a reward takes long, verl's own manager is the better one: this one is cho
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,8 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from verl_ext.compat import actor_class
+
+logger = logging.getLogger(__name__)
 
 _Worker = actor_class(AgentLoopWorkerTQ)
 
@@ -140,11 +144,29 @@ class GroupedAgentLoopWorker(_Worker):
         ):
             columns[name] = np.empty(len(waiting), dtype=object)
             columns[name][:] = values
-        worker = random.choice(self.reward_loop_worker_handles)
-        results = await worker.compute_score_batch.remote(DataProto(batch=batch, non_tensor_batch=columns))
+        results = await self._judge(DataProto(batch=batch, non_tensor_batch=columns))
         for (output, _), result in zip(waiting, results, strict=True):
             output.reward_score = result["reward_score"]
             output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+
+
+    async def _judge(self, data: DataProto) -> list[dict[str, Any]]:
+        """Verdicts of all rows. Where the verifier raises, each row is judged alone and the broken ones are marked.
+
+        An error is not a wrong answer: its row carries ``status: error`` and stays out of the pass rate.
+        """
+        worker = random.choice(self.reward_loop_worker_handles)
+        try:
+            return await worker.compute_score_batch.remote(data)
+        except Exception as error:
+            logger.error("the verifier failed on a group of rollouts: %s", error)
+        calls = [worker.compute_score.remote(data[i : i + 1]) for i in range(len(data))]
+        verdicts = await asyncio.gather(*calls, return_exceptions=True)
+        return [_error_verdict(verdict) if isinstance(verdict, BaseException) else verdict for verdict in verdicts]
+
+
+def _error_verdict(error: BaseException) -> dict[str, Any]:
+    return {"reward_score": 0.0, "reward_extra_info": {"acc": 0.0, "status": "error", "error": str(error)[-2000:]}}
 
 
 class OneServerClient(LLMServerClient):

@@ -206,12 +206,14 @@ class DistillTrainer(PPOTrainerSync):
         metrics["response/truncated"] = sum(length >= limit for length in lengths) / max(1, len(lengths))
         metrics["rollout/groups"] = len(sizes)
         short = sum(size < expected for size in sizes.values())
-        metrics["rollout/groups_short"] = short
+        lost = max(0, self.config.data.train_batch_size - len(sizes))
+        metrics["rollout/groups_short"], metrics["rollout/groups_lost"] = short, lost
+        short += lost
         if short and not self._warned_of_short_groups:
             self._warned_of_short_groups = True
             self.sink.warning(
-                f"{short} of {len(sizes)} groups lost rollouts at step {self.global_steps}; their pass rates stand on "
-                "fewer samples (rollout/groups_short counts them; the rollout servers' logs say why)"
+                f"{short} of {len(sizes) + lost} groups lost rollouts at step {self.global_steps}; their pass rates "
+                "stand on fewer samples (rollout/groups_short and groups_lost count them; Ray's worker logs say why)"
             )
         metrics["rollout/verifier_errors"] = sum(rows.errors)
 

@@ -132,6 +132,24 @@ def test_grouped_rows_equal_verls_own_field_by_field(written):
             assert plain(mine[key][name]) == plain(row[name]), (key, name)
 
 
+def test_a_verifier_error_marks_its_row_and_spares_the_siblings(written):
+    class Breaking(Reward):
+        async def _many(self, data: Any) -> list[dict]:
+            return [await self._one(data[i : i + 1]) for i in range(len(data))]
+
+        async def _one(self, data: Any) -> dict:
+            if data[0].batch["responses"][0] == 5:
+                raise RuntimeError("verifier down")
+            return self._judge(data)
+
+    ours = worker(GroupedAgentLoopWorker, Breaking())
+    group = _Group(3, False, 3, [(output(RESPONSES[i]), columns(i)) for i in range(3)])
+    asyncio.run(ours._hand_on(group))
+    infos = [plain(row["extra_fields"])["reward_extra_info"] for row in rows(written).values()]
+    assert [info.get("status", "ok") for info in infos] == ["ok", "error", "ok"]
+    assert "verifier down" in infos[1]["error"] and infos[0]["acc"] == 1.0
+
+
 def test_a_failed_rollout_does_not_hold_its_siblings_back(written, monkeypatch):
     ours = worker(GroupedAgentLoopWorker, Reward())
     ours._groups["q"] = _Group(3, True)

@@ -81,6 +81,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     assert check_model(compose_config(["model=qwen3_8b", "hardware=gpu"])) is None, "a hub name is left to the hub"
 
 
+@pytest.mark.parametrize("override", ["data.train_batch_size=0", "actor_rollout_ref.rollout.n=0", "trainer.nnodes=-1"])
+def test_counts_below_one_are_refused_by_name(override):
+    with pytest.raises(ConfigError, match=rf"{override.split('=')[0]} is .* allowed: a whole number from 1"):
+        compose_config([override])
+
+
 def test_sequences_that_cannot_fit_the_model_are_refused_with_the_sum():
     config = compose_config(["distill.context.max_length=500"])
     positions = check_model(config)
