@@ -34,7 +34,9 @@ def check_equality(few: KVBatchMeta, tolerance: float) -> dict[str, float]:
 
 
 def measure_gap(work: KVBatchMeta, rewards_N: torch.Tensor, threshold: float) -> dict[str, float]:
-    """Teacher gap: mean over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers and on wrong ones.
+    """Teacher gap: median over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers and on wrong ones.
+
+    The median, because a few answers that are right by luck, with wrong steps, decide a mean (kept as ``*_mean``).
 
     Args:
         work: rows with the fields ``teacher_gap`` and ``row_id``.
@@ -48,8 +50,8 @@ def measure_gap(work: KVBatchMeta, rewards_N: torch.Tensor, threshold: float) ->
     metrics = {}
     for name, part in (("gap", gaps[right]), ("gap_wrong", gaps[~right])):
         if len(part):
-            metrics[f"teacher/{name}"] = float(part.mean())
-            metrics[f"teacher/{name}_median"] = float(part.median())
+            metrics[f"teacher/{name}"] = float(part.median())
+            metrics[f"teacher/{name}_mean"] = float(part.mean())
     return metrics
 
 
@@ -66,8 +68,7 @@ class GapAlarm:
         Raises:
             NegativeTeacherGap: the gap is negative and ``distill.teacher.on_negative_gap`` is ``stop``.
         """
-        # The median: a few answers that are right by luck, with wrong steps, would decide a mean.
-        gap = metrics.get("teacher/gap_median")
+        gap = metrics.get("teacher/gap")
         if self.measured or gap is None:
             return None
         self.measured = True

@@ -46,7 +46,7 @@ def test_the_gap_is_taken_apart_by_outcome_and_ignores_padding_and_rows_without_
     answer(teacher_gap=torch.tensor([0.5, -2.0, float("nan"), 9.0]), row_id=torch.tensor([2, 0, 1, -1]))
     metrics = measure_gap(META, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), 0.5)
     assert metrics["teacher/gap"] == 0.5 and metrics["teacher/gap_wrong"] == -2.0
-    assert set(metrics) == {f"teacher/{name}" for name in ("gap", "gap_median", "gap_wrong", "gap_wrong_median")}
+    assert set(metrics) == {f"teacher/{name}" for name in ("gap", "gap_mean", "gap_wrong", "gap_wrong_mean")}
 
 
 def alarm(action: str) -> GapAlarm:
@@ -54,7 +54,7 @@ def alarm(action: str) -> GapAlarm:
 
 
 def test_a_negative_gap_warns_stops_or_is_ignored():
-    negative = {"teacher/gap_median": -0.2}
+    negative = {"teacher/gap": -0.2}
     assert "step 3" in str(alarm("warn").look(negative, 3))
     assert alarm("ignore").look(negative, 3) is None
     with pytest.raises(NegativeTeacherGap, match="may not read this context"):
@@ -64,8 +64,8 @@ def test_a_negative_gap_warns_stops_or_is_ignored():
 def test_only_the_first_step_with_right_answers_is_looked_at():
     gaps = alarm("stop")
     assert gaps.look({}, 1) is None and not gaps.measured
-    assert gaps.look({"teacher/gap_median": 0.1}, 2) is None and gaps.measured
-    assert gaps.look({"teacher/gap_median": -5.0}, 3) is None
+    assert gaps.look({"teacher/gap": 0.1}, 2) is None and gaps.measured
+    assert gaps.look({"teacher/gap": -5.0}, 3) is None
 
 
 def test_without_distillation_there_is_nothing_to_look_at():
