@@ -30,7 +30,8 @@ def check_output_folder(config: DictConfig, folder: Path) -> int:
         ConfigError: the folder cannot be written, holds another run, one of another world size, a finished run or an
             incomplete checkpoint; the message says which and what to do.
     """
-    _check_writable(folder)
+    check_writable(folder, "run.output_dir")
+    _check_space(folder)
     checkpoints = folder / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
@@ -54,16 +55,18 @@ def check_output_folder(config: DictConfig, folder: Path) -> int:
     return step
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path, key: str) -> None:
+    """Makes the folder. Raises ConfigError with the key that named it where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"run.output_dir {folder} cannot be written: {error.strerror}; choose another folder"
-        ) from error
+        raise ConfigError(f"{key} {folder} cannot be written: {error.strerror}; choose another folder") from error
+
+
+def _check_space(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < MINIMUM_FREE:
         raise ConfigError(

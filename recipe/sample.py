@@ -13,9 +13,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.cluster import importing, prepare_environment, ray_cluster
-from recipe.compose import choices, compose_config
+from recipe.command import exit_code, preset_lines
+from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.environment import versions
+from recipe.output_folder import check_writable
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig, sample_config
 from verl_ext.config import ConfigError
@@ -73,7 +75,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     block = sample_config(config)
     prepare_environment(config.run.platform)
     folder = Path(str(block.out)).absolute()
-    _check_writable(folder)
+    check_writable(folder, "sample.out")
     settings = block.sampling(config.data.max_response_length)
     requests, repeats = read_questions(config, block.split, block.limit)
     total = len(requests) * settings.k
@@ -216,16 +218,6 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"sample.out {folder} cannot be written: {error.strerror}; choose another folder") from error
-
-
 def _tokenizer(config: DictConfig) -> Any:
     """As verl's workers load it."""
     from verl.utils import hf_tokenizer
@@ -248,7 +240,7 @@ def _position_limit(folder: Path) -> int | None:
 
 def help_text() -> str:
     """What `--help` prints."""
-    return HELP.format(groups="\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in GROUPS))
+    return HELP.format(groups=preset_lines())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -257,22 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(help_text())
         return 0
-    try:
+
+    def work() -> None:
         overrides = [argument for argument in arguments if argument != "--cfg"]
         if "--cfg" in arguments:
             print(OmegaConf.to_yaml(compose_config(overrides, name="sample"), resolve=True))
-            return 0
+            return
         run(compose(overrides))
-    except REFUSALS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        # The console has shown it, with the log; a second trace would bury that.
-        print(json.dumps({"error": type(error).__name__}), file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(work, REFUSALS)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.cluster import importing, prepare_environment, ray_cluster
-from recipe.compose import GROUPS, choices, compose_config
+from recipe.command import exit_code, preset_lines
+from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
@@ -188,7 +188,7 @@ def _summary(config: DictConfig, files: RunFiles, sink: _Sink) -> dict[str, Any]
 
 def help_text() -> str:
     """What `--help` prints."""
-    return HELP.format(groups="\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in GROUPS))
+    return HELP.format(groups=preset_lines())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,23 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(help_text())
         return 0
-    try:
+
+    def work() -> None:
         config = compose_config([argument for argument in arguments if argument != "--cfg"])
         if "--cfg" in arguments:
             print(OmegaConf.to_yaml(config, resolve=True))
-            return 0
-        prepare_environment(config.run.platform)
+            return
         run(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        # The console has shown it, with the log; a second trace would bury that.
-        print(json.dumps({"error": type(error).__name__}), file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(work, ConfigError)
 
 
 if __name__ == "__main__":
