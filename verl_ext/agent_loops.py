@@ -149,7 +149,6 @@ class GroupedAgentLoopWorker(_Worker):
             output.reward_score = result["reward_score"]
             output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
 
-
     async def _judge(self, data: DataProto) -> list[dict[str, Any]]:
         """Verdicts of all rows. Where the verifier raises, each row is judged alone and the broken ones are marked.
 

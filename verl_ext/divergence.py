@@ -1,15 +1,8 @@
 """Token divergences between a student and a teacher, on the full vocabulary or on a reduced support.
 
-Directions: ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher), ``jsd`` is the
-generalised Jensen-Shannon divergence with M = (1 - alpha) student + alpha teacher,
-D = (1 - alpha) KL(student || M) + alpha KL(teacher || M), the convention of SDPO (arXiv 2601.20802).
-
-The gradient reaches the student only, for ``jsd`` through M as well (where its parts cancel as long as both sides sum
-to 1). At alpha = 1/2 it is that of the implicit token advantage 1/2 log(M / student) (SC-SDPO, arXiv 2605.27765, eq.
-20-21).
-
-Everything here works on log-probabilities of *outcomes*: vocabulary entries, or the entries of a support plus one tail
-bucket. A new kind is one function of two such tensors, see :func:`register_divergence`.
+The kinds and their conventions are in :mod:`verl_ext.divergence_kinds`; how they are computed without keeping a second
+tensor as wide as the vocabulary is in :mod:`verl_ext.token_losses`. These are the pure functions on tensors, on any
+device; the trainer's passes use the same machinery.
 
 Returned values are per position and not reduced. Positions that do not count must be removed with ``torch.where``, not
 by a zero weight (0 * inf is NaN); gradients stay finite, so that is safe.
@@ -18,30 +11,26 @@ by a zero weight (0 * inf is NaN); gradients stay finite, so that is safe.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import Tensor
 
-# log_student_NC, log_teacher_NC (detached), alpha -> loss_N; C outcomes in the last dimension.
-DivergenceFn = Callable[[Tensor, Tensor, float], Tensor]
+from verl_ext.chunks import Head, Logits, OnSupport
+from verl_ext.divergence_kinds import DIVERGENCES, log_mass, log_tail_mass, register_divergence
+from verl_ext.token_losses import Measure, token_losses
 
-DIVERGENCES: Final[dict[str, DivergenceFn]] = {}
-
-# Largest log mass a support may have. It leaves the tail at least 1e-7 (log tail >= -16.118096), which keeps log(tail)
-# and its gradient finite in float32 once the mass on the support rounds to 1. The value is SDPO's.
-MAX_LOG_MASS: Final[float] = -1e-7
-
-
-def register_divergence(name: str) -> Callable[[DivergenceFn], DivergenceFn]:
-    """Add a kind. The function gets log-probabilities of C outcomes (last dimension) and ``alpha``; returns [N]."""
-
-    def decorator(function: DivergenceFn) -> DivergenceFn:
-        DIVERGENCES[name] = function
-        return function
-
-    return decorator
+__all__ = [
+    "DIVERGENCES",
+    "full_divergence",
+    "linear_divergence",
+    "log_tail_mass",
+    "register_divergence",
+    "sampled_token_loss",
+    "student_topk",
+    "support_log_probs",
+    "support_mass",
+    "topk_divergence",
+]
 
 
 def topk_divergence(
@@ -53,40 +42,46 @@ def topk_divergence(
     alpha: float = 0.5,
     tail: bool = True,
     temperature: float = 1.0,
+    clip: float | None = None,
+    clip_level: str = "entry",
 ) -> Tensor:
     """Divergence on K token ids per position (SDPO, arXiv 2601.20802: student top-K plus tail).
 
-    With ``tail`` each side gets one more outcome, the probability outside the support. That is a coarse-graining: never
-    more than the full divergence, and equal to it at K = V, up to the 1e-7 floor of the tail. Without ``tail`` both
-    sides are renormalised over the support, which has no order relation to the full value.
+    With ``tail`` each side gets one more outcome, the probability outside the support. For KL and JSD that is a
+    coarse-graining: never more than the full divergence, and equal to it at K = V, up to the 1e-7 floor of the tail.
+    Without ``tail`` both sides are renormalised over the support, which has no order relation to the full value.
 
     Args:
-        student_logits_NV: [N, V] logits; N may be several leading dimensions. No [N, V] log-softmax is formed.
+        student_logits_NV: [N, V] logits; N may be several leading dimensions.
         teacher_log_probs_NK: [N, K] teacher log-probabilities of the support, normalised over the full vocabulary and
             already at ``temperature``.
         support_ids_NK: [N, K] token ids, distinct within a position.
         kind: a key of ``DIVERGENCES``.
-        alpha: weight of the teacher in M; only used by ``jsd``.
+        alpha: weight of the teacher in M (``jsd``) or of the forward KL (``mixed``).
         tail: append the tail bucket, or renormalise.
         temperature: divides the student logits only. Pass 1 where they already are divided.
+        clip: upper limit of every entry (``clip_level="entry"``, OPSD) or of the position (``"token"``).
 
     Returns:
-        [N] divergence; float64 if any input is, else float32.
+        [N] divergence; float64 if any input is, else float32. Autograd keeps the logits and 8 K bytes a position.
 
     Raises:
-        ValueError: for an unknown kind, alpha outside [0, 1], a temperature that is not positive, shapes that do not
-            match, ids that are not integers or lie outside the vocabulary.
+        ValueError: for an unknown kind, alpha outside [0, 1], a temperature or clip that is not positive, shapes that
+            do not match, ids that are not integers or lie outside the vocabulary.
     """
-    divergence = _divergence(kind, alpha)
     if teacher_log_probs_NK.shape != support_ids_NK.shape:
         raise ValueError(
             f"teacher_log_probs_NK {list(teacher_log_probs_NK.shape)} and support_ids_NK "
             f"{list(support_ids_NK.shape)} must have the same shape"
         )
-    log_student_NK = support_log_probs(student_logits_NV, support_ids_NK, temperature=temperature)
-    log_teacher_NK = _raised(teacher_log_probs_NK, "teacher_log_probs_NK").detach()
-    close = _with_tail if tail else _renormalized
-    return divergence(*_same_dtype(close(log_student_NK), close(log_teacher_NK)), alpha)
+    measure = Measure(kind, alpha, tail=tail, clip=clip, clip_level=clip_level)
+    _check_ids(student_logits_NV, support_ids_NK)
+    _check_temperature(temperature)
+    _check_floating(student_logits_NV, "student_logits_NV")
+    _check_floating(teacher_log_probs_NK, "teacher_log_probs_NK")
+    teacher = OnSupport(support_ids_NK.flatten(0, -2), teacher_log_probs_NK.detach().flatten(0, -2))
+    values = token_losses(student_logits_NV.flatten(0, -2), measure=measure, teacher=teacher, temperature=temperature)
+    return values.divergence.view(student_logits_NV.shape[:-1])
 
 
 def full_divergence(
@@ -96,6 +91,8 @@ def full_divergence(
     kind: str,
     alpha: float = 0.5,
     temperature: float = 1.0,
+    clip: float | None = None,
+    clip_level: str = "entry",
 ) -> Tensor:
     """Divergence over the whole vocabulary.
 
@@ -104,24 +101,104 @@ def full_divergence(
         teacher_logits_NV: [N, V] logits over the same vocabulary. An entry may be -inf; if it is on both sides it
             simply does not exist.
         kind: a key of ``DIVERGENCES``.
-        alpha: weight of the teacher in M; only used by ``jsd``.
+        alpha: weight of the teacher in M (``jsd``) or of the forward KL (``mixed``).
         temperature: divides both logits.
+        clip: upper limit of every entry (``clip_level="entry"``, OPSD) or of the position (``"token"``).
 
     Returns:
-        [N] divergence; float64 if any input is, else float32.
+        [N] divergence; float64 if any input is, else float32. Autograd keeps both logits and nothing else.
 
     Raises:
-        ValueError: for an unknown kind, alpha outside [0, 1], a temperature that is not positive, differing shapes.
+        ValueError: for an unknown kind, alpha outside [0, 1], a temperature or clip that is not positive, differing
+            shapes.
     """
-    divergence = _divergence(kind, alpha)
+    measure = Measure(kind, alpha, clip=clip, clip_level=clip_level)
     if student_logits_NV.shape != teacher_logits_NV.shape or student_logits_NV.dim() == 0:
         raise ValueError(
             f"student_logits_NV {list(student_logits_NV.shape)} and teacher_logits_NV "
             f"{list(teacher_logits_NV.shape)} must have the same shape [N, V]"
         )
-    student_NV = _scaled(_raised(student_logits_NV, "student_logits_NV"), temperature)
-    teacher_NV = _scaled(_raised(teacher_logits_NV.detach(), "teacher_logits_NV"), temperature)
-    return divergence(*_same_dtype(student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)), alpha)
+    _check_temperature(temperature)
+    _check_floating(student_logits_NV, "student_logits_NV")
+    _check_floating(teacher_logits_NV, "teacher_logits_NV")
+    vocabulary = student_logits_NV.shape[-1]
+    values = token_losses(
+        student_logits_NV.reshape(-1, vocabulary),
+        measure=measure,
+        teacher=Logits(teacher_logits_NV.detach().reshape(-1, vocabulary)),
+        temperature=temperature,
+    )
+    return values.divergence.view(student_logits_NV.shape[:-1])
+
+
+def linear_divergence(
+    student_hidden_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_head_VE: Tensor,
+    *,
+    kind: str,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    weights_N: Tensor | None = None,
+    clip: float | None = None,
+    clip_level: str = "entry",
+) -> Tensor:
+    """Divergence over the whole vocabulary from hidden states and the two heads, without [N, V] logits.
+
+    Logits exist for a block of rows at a time, forward and backward; autograd keeps the hidden states.
+
+    Args:
+        student_hidden_ND, student_head_VD: student, both with gradient.
+        teacher_hidden_NE, teacher_head_VE: teacher over the same vocabulary; its width may differ.
+        kind: a key of ``DIVERGENCES``.
+        alpha: weight of the teacher in M (``jsd``) or of the forward KL (``mixed``).
+        temperature: divides both logits.
+        weights_N: [N] factors; rows of weight 0 are not read.
+        clip: upper limit of every entry (``clip_level="entry"``, OPSD) or of the position (``"token"``).
+
+    Returns:
+        [N] divergence, or the weighted sum (a scalar) where ``weights_N`` is given; float64 if any input is, else
+        float32.
+
+    Raises:
+        ValueError: for an unknown kind, alpha outside [0, 1], a temperature or clip that is not positive, shapes or
+            vocabularies that do not match.
+    """
+    measure = Measure(kind, alpha, clip=clip, clip_level=clip_level)
+    _check_temperature(temperature)
+    for name, hidden, head in (
+        ("student", student_hidden_ND, student_head_VD),
+        ("teacher", teacher_hidden_NE, teacher_head_VE),
+    ):
+        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"{name} hidden states {list(hidden.shape)} and head {list(head.shape)} must be [N, D] and [V, D]"
+            )
+        _check_floating(hidden, f"{name}_hidden")
+        _check_floating(head, f"{name}_head")
+    if len(student_hidden_ND) != len(teacher_hidden_NE) or len(student_head_VD) != len(teacher_head_VE):
+        raise ValueError(
+            f"student {len(student_hidden_ND)} positions over {len(student_head_VD)} tokens, teacher "
+            f"{len(teacher_hidden_NE)} over {len(teacher_head_VE)}: both must agree"
+        )
+    positions = None
+    if weights_N is not None:
+        if weights_N.shape != student_hidden_ND.shape[:1]:
+            raise ValueError(f"weights_N {list(weights_N.shape)} must be [{len(student_hidden_ND)}]")
+        positions = torch.nonzero(weights_N).flatten()
+        teacher_hidden_NE = teacher_hidden_NE[positions]
+    values = token_losses(
+        student_hidden_ND,
+        student_head_VD,
+        measure=measure,
+        teacher=Head(teacher_hidden_NE.detach(), teacher_head_VE.detach()),
+        positions=positions,
+        temperature=temperature,
+    )
+    if weights_N is None:
+        return values.divergence
+    return (values.divergence * weights_N[positions].detach().to(values.divergence.dtype)).sum()
 
 
 def sampled_token_loss(student_log_probs_N: Tensor, teacher_log_probs_N: Tensor) -> Tensor:
@@ -159,7 +236,7 @@ def student_topk(logits_NV: Tensor, k: int, temperature: float = 1.0) -> Tensor:
 def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of chosen ids, normalised over the whole vocabulary: log p = logit - logsumexp(logits).
 
-    Only the [N, K] entries are formed; autograd keeps the logits, not a log-softmax of them.
+    The plain form, for tests and small inputs; the passes use :func:`verl_ext.token_losses.read`.
 
     Args:
         logits_NV: [N, V] logits; N may be several leading dimensions.
@@ -173,6 +250,19 @@ def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.
         ValueError: for a temperature that is not positive, shapes that do not match, ids that are not integers or lie
             outside the vocabulary.
     """
+    _check_ids(logits_NV, ids_NK)
+    _check_temperature(temperature)
+    scaled_NV = _raised(logits_NV, "logits")
+    scaled_NV = scaled_NV if temperature == 1.0 else scaled_NV / temperature
+    return scaled_NV.gather(-1, ids_NK.long()) - scaled_NV.logsumexp(-1, keepdim=True)
+
+
+def support_mass(log_probs_NK: Tensor) -> Tensor:
+    """Probability on the support, a diagnostic of whether K is large enough: [N, K] -> [N], without gradient."""
+    return log_mass(_raised(log_probs_NK.detach(), "log_probs_NK")).exp()
+
+
+def _check_ids(logits_NV: Tensor, ids_NK: Tensor) -> None:
     if logits_NV.dim() == 0 or logits_NV.shape[:-1] != ids_NK.shape[:-1] or logits_NV.dim() != ids_NK.dim():
         raise ValueError(f"logits {list(logits_NV.shape)} and ids {list(ids_NK.shape)} must be [N, V] and [N, K]")
     if ids_NK.is_floating_point() or ids_NK.is_complex() or ids_NK.dtype == torch.bool:
@@ -184,99 +274,17 @@ def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.
         lowest, highest = (int(bound) for bound in ids_NK.aminmax())
         if lowest < 0 or highest >= vocabulary:
             raise ValueError(f"ids must lie in [0, {vocabulary}), found {lowest} to {highest}")
-    scaled_NV = _scaled(_raised(logits_NV, "logits"), temperature)
-    return scaled_NV.gather(-1, ids_NK.long()) - scaled_NV.logsumexp(-1, keepdim=True)
 
 
-def log_tail_mass(log_probs_NK: Tensor) -> Tensor:
-    """Log of the probability outside the support, at least log(1e-7): [N, K] -> [N]. For float32 or float64."""
-    # expm1 keeps the digits that 1 - exp(...) would lose when little mass is left outside.
-    return torch.log(-torch.expm1(_log_mass(log_probs_NK).clamp(max=MAX_LOG_MASS)))
-
-
-def support_mass(log_probs_NK: Tensor) -> Tensor:
-    """Probability on the support, a diagnostic of whether K is large enough: [N, K] -> [N], without gradient."""
-    return _log_mass(_raised(log_probs_NK.detach(), "log_probs_NK")).exp()
-
-
-@register_divergence("forward_kl")
-def _forward_kl(log_student_NC: Tensor, log_teacher_NC: Tensor, alpha: float) -> Tensor:
-    return _kl(log_teacher_NC, log_student_NC)
-
-
-@register_divergence("reverse_kl")
-def _reverse_kl(log_student_NC: Tensor, log_teacher_NC: Tensor, alpha: float) -> Tensor:
-    return _kl(log_student_NC, log_teacher_NC)
-
-
-@register_divergence("jsd")
-def _jsd(log_student_NC: Tensor, log_teacher_NC: Tensor, alpha: float) -> Tensor:
-    # The family itself vanishes at both ends; as in SDPO's code the end points stand for the full KLs.
-    if alpha == 0.0:
-        return _kl(log_teacher_NC, log_student_NC)
-    if alpha == 1.0:
-        return _kl(log_student_NC, log_teacher_NC)
-    # Outcomes impossible on both sides are set aside: logaddexp(-inf, -inf) has a NaN gradient.
-    absent_NC = log_student_NC.isneginf() & log_teacher_NC.isneginf()
-    log_mixture_NC = torch.logaddexp(
-        log_student_NC.masked_fill(absent_NC, 0.0) + math.log1p(-alpha),
-        log_teacher_NC.masked_fill(absent_NC, 0.0) + math.log(alpha),
-    )
-    return (1.0 - alpha) * _kl(log_student_NC, log_mixture_NC) + alpha * _kl(log_teacher_NC, log_mixture_NC)
-
-
-def _kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension, with 0 log 0 = 0.
-
-    Where p > 0 = q the value is +inf, as it should be, but the gradient is taken as if q were the smallest normal
-    number: a step from it is finite and points the right way.
-    """
-    absent_NC = log_p_NC.isneginf()
-    missing_NC = log_q_NC.isneginf()
-    log_p_NC = log_p_NC.masked_fill(absent_NC, 0.0)
-    log_q_NC = log_q_NC.masked_fill(missing_NC, math.log(torch.finfo(log_q_NC.dtype).tiny))
-    loss_N = (log_p_NC.exp() * (log_p_NC - log_q_NC)).masked_fill(absent_NC, 0.0).sum(-1)
-    infinite_N = (missing_NC & ~absent_NC).any(-1)
-    return loss_N + torch.zeros_like(loss_N).masked_fill(infinite_N, math.inf)
-
-
-def _with_tail(log_probs_NK: Tensor) -> Tensor:
-    return torch.cat((log_probs_NK, log_tail_mass(log_probs_NK).unsqueeze(-1)), dim=-1)
-
-
-def _renormalized(log_probs_NK: Tensor) -> Tensor:
-    return log_probs_NK - _log_mass(log_probs_NK).unsqueeze(-1)
-
-
-def _log_mass(log_probs_NK: Tensor) -> Tensor:
-    # logsumexp of -inf only has a NaN gradient; a finite stand-in has the same value wherever there is any mass.
-    return log_probs_NK.masked_fill(log_probs_NK.isneginf(), torch.finfo(log_probs_NK.dtype).min).logsumexp(-1)
-
-
-def _divergence(kind: str, alpha: float) -> DivergenceFn:
-    if kind not in DIVERGENCES:
-        raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(sorted(DIVERGENCES))}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], found {alpha}")
-    return DIVERGENCES[kind]
+def _check_floating(values: Tensor, name: str) -> None:
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must be floating point, found {values.dtype}")
 
 
 def _raised(values: Tensor, name: str) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
-    if not values.is_floating_point():
-        raise ValueError(f"{name} must be floating point, found {values.dtype}")
+    _check_floating(values, name)
     return values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
-
-
-def _same_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(first.dtype, second.dtype)
-    return first.to(dtype), second.to(dtype)
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    _check_temperature(temperature)
-    # Dividing by 1 would cost a copy of [N, V].
-    return logits if temperature == 1.0 else logits / temperature
 
 
 def _check_temperature(temperature: float) -> None:

@@ -180,9 +180,7 @@ def _write(
         for name in (ROW_ID, WEIGHT, MINI_BATCH, ROWS, TOKENS)
     }
     fields[TEACHER_PROMPT] = to_jagged([torch.tensor(columns[key][TEACHER_PROMPT]) for key in order])
-    tq.kv_batch_put(
-        keys=order, partition_id=rows.meta.partition_id, fields=TensorDict(fields, batch_size=len(order))
-    )
+    tq.kv_batch_put(keys=order, partition_id=rows.meta.partition_id, fields=TensorDict(fields, batch_size=len(order)))
     meta = KVBatchMeta(partition_id=rows.meta.partition_id, keys=order, tags=[tag for rank in tags for tag in rank])
     return meta, added
 

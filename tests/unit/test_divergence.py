@@ -447,7 +447,7 @@ def test_support_log_probs_are_normalised_over_the_whole_vocabulary():
 def test_a_new_kind_is_one_registered_function():
     @register_divergence("total_variation_for_a_test")
     def _total_variation(log_student, log_teacher, alpha):
-        return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(-1)
+        return 0.5 * (log_student.exp() - log_teacher.exp()).abs()
 
     try:
         found = full_divergence(log_rows((0.5, 0.5)), log_rows((0.9, 0.1)), kind="total_variation_for_a_test")
