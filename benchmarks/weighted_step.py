@@ -44,6 +44,8 @@ class Times:
 
     def completions(self, rows: list[dict[str, Any]]) -> None: ...
 
+    def non_finite(self, rows: list[dict[str, Any]]) -> None: ...
+
     def phase(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 

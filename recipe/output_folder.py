@@ -103,9 +103,7 @@ def _check_checkpoint(config: DictConfig, folder: Path) -> None:
         )
     wanted = [folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     if config.distill.coefficient > 0 and config.distill.teacher.kind == "ema":
-        wanted += [
-            folder / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)
-        ]
+        wanted += [folder / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)]
     for path in wanted:
         if not path.exists() or path.stat().st_size == 0:
             raise ConfigError(f"checkpoint {folder} is incomplete: {path.name} is missing or empty; use an older one")

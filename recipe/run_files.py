@@ -185,6 +185,11 @@ class RunFiles:
         _append_lines(self.completions_path, plain)
         return len(plain)
 
+    def append_non_finite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append the rows of an optimiser step that was skipped because loss or gradient was not finite."""
+        plain = [to_plain(row, f"row {index}") for index, row in enumerate(rows)]
+        _append_lines(self.output_dir / "non_finite.jsonl", plain)
+
     def truncate_to_step(self, step: int) -> int:
         """Forget everything after ``step``: what a run that resumes from this step's checkpoint will do again.
 

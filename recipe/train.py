@@ -89,6 +89,10 @@ class _Sink:
         """Sampled completions."""
         self.files.append_completions(rows)
 
+    def non_finite(self, rows: list[dict[str, Any]]) -> None:
+        """Rows of an optimiser step that was skipped."""
+        self.files.append_non_finite(rows)
+
 
 def step_record(values: dict[str, Any]) -> dict[str, Any]:
     """verl's metric names to ours where both mean the same; everything else is kept as it is."""
@@ -131,13 +135,17 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     output = _output_folder(config)
     resume_step = check_output_folder(config, output)
     files = RunFiles(output)
-    with files, console or RunConsole(
-        files.log_path,
-        config.run.steps,
-        config.run.quiet,
-        start_step=resume_step,
-        tail_lines=config.run.log_tail,
-    ) as screen:
+    with (
+        files,
+        console
+        or RunConsole(
+            files.log_path,
+            config.run.steps,
+            config.run.quiet,
+            start_step=resume_step,
+            tail_lines=config.run.log_tail,
+        ) as screen,
+    ):
         if resume_step:
             files.truncate_to_step(resume_step)
             screen.note(f"resuming after step {resume_step} of {config.run.steps} from {output}")

@@ -6,20 +6,27 @@ Every axis of the method frame is one dataclass. ``conf/`` chooses values per pa
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
 
 NORMALIZERS = ("none", "mean", "mean_active", "half", "max", "constant")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-SUPPORTS = ("student_topk",)
-TEACHERS = ("ema", "frozen", "live")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed", "akl", "sampled_token")
+SUPPORTS = ("student_topk", "teacher_topk", "full")
+CLIP_LEVELS = ("entry", "token")
+INPUTS = ("auto", "logits", "hidden_states")
+TEACHERS = ("ema", "frozen", "live", "synced", "trust_region", "external")
+TEACHER_STATES = ("auto", "log_probs", "hidden_states")
 CONTEXTS = ("sibling", "none")
 DEMONSTRATIONS = ("first", "random", "shortest")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean")
 CARRIERS = ("loss", "advantage")
 ON_NEGATIVE_GAP = ("warn", "stop", "ignore")
+
+
+_OWN_KIND = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class ConfigError(ValueError):
@@ -60,28 +67,54 @@ class SequencesConfig:
 
 @dataclass
 class TeacherConfig:
-    """Whose weights the teacher has.
+    """Whose weights the teacher has, and what it leaves for the update.
 
     Attributes:
-        kind: ``ema`` (own fp32 copy, moved once per trainer step), ``frozen`` (own fp32 copy of the starting weights),
-            ``live`` (the student's current weights, no second copy).
-        update_rate: tau in teacher <- (1 - tau) teacher + tau student (SDPO: 0.05).
-        offload: keep the copy in host memory and load it once per pass.
+        kind: ``ema`` (own fp32 copy, moved once per trainer step), ``frozen`` (own copy of the starting weights),
+            ``live`` (the student's current weights, no second copy), ``synced`` (own copy, replaced by the student's
+            weights every ``sync_every`` steps), ``trust_region`` (logits (1 - tau) frozen + tau student, SDPO),
+            ``external`` (the checkpoint ``path``, over the same vocabulary).
+        update_rate: tau. ``ema``: teacher <- (1 - tau) teacher + tau student (SDPO: 0.05); ``trust_region``: the
+            student's share of the logits.
+        sync_every: trainer steps between two copies of the student, for ``synced``.
+        path: model folder or hub name, for ``external``.
+        states: what the teacher pass keeps of a row until the update. ``log_probs`` on a support (8 K bytes a token),
+            or ``hidden_states`` before the head (2 D bytes a token in bf16, and one copy of the head): the update then
+            makes the teacher's logits itself, in chunks, so the support may be the student's of that very update, or
+            the whole vocabulary. ``auto``: log_probs for ``teacher_topk`` and ``sampled_token``, else hidden_states.
+        offload: keep the copy in host memory and load it once per pass; the states go there too.
         self_check_tolerance: largest mean divergence, in nats, between teacher and student on equal prompts before the
-            first step. A larger one stops the run.
+            first step. A larger one stops the run. Not looked at for ``external``.
         on_negative_gap: what to do when the teacher with its context finds the student's right answers *less* likely
             than the student does: ``warn``, ``stop`` or ``ignore``.
     """
 
     kind: str = "ema"
     update_rate: float = 0.05
+    sync_every: int = 1
+    path: str | None = None
+    states: str = "auto"
     offload: bool = False
     self_check_tolerance: float = 1e-3
     on_negative_gap: str = "warn"
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a second model is built."""
+        return self.kind != "live"
+
+    @property
+    def moves(self) -> bool:
+        """Whether its own weights follow the student: they are kept in fp32 and in the checkpoints."""
+        return self.kind in ("ema", "synced")
+
     def validate(self) -> None:
         _one_of("teacher.kind", self.kind, TEACHERS)
         _number("teacher.update_rate", self.update_rate, 0.0, 1.0)
+        _number("teacher.sync_every", self.sync_every, 1)
+        if (self.kind == "external") != (self.path is not None):
+            _fail("teacher.path", self.path, "a model folder or hub name with kind=external, null otherwise")
+        _one_of("teacher.states", self.states, TEACHER_STATES)
         _number("teacher.self_check_tolerance", self.self_check_tolerance, 0.0)
         _one_of("teacher.on_negative_gap", self.on_negative_gap, ON_NEGATIVE_GAP)
 
@@ -129,14 +162,24 @@ class ContextConfig:
 
 @dataclass
 class DivergenceConfig:
-    """The distance between teacher and student at one position.
+    """The distance between teacher and student at one position, and what a row's tokens are multiplied by.
 
     Attributes:
-        kind: ``forward_kl`` KL(teacher||student), ``reverse_kl`` KL(student||teacher), ``jsd`` with ``alpha``.
-        support: ``student_topk``: the student's ``topk`` most likely tokens.
-        tail: gather the rest of the vocabulary into one outcome; otherwise both sides are renormalised.
+        kind: ``forward_kl`` KL(teacher||student), ``reverse_kl`` KL(student||teacher), ``jsd`` with ``alpha``,
+            ``mixed`` alpha forward + (1 - alpha) reverse, ``akl``, ``sampled_token`` (REINFORCE form of the reverse KL
+            at the sampled token; no support), or ``package.module:function`` of your own.
+        support: ``student_topk`` or ``teacher_topk``: the ``topk`` most likely tokens of one side; ``full``: the whole
+            vocabulary.
+        tail: gather the rest of the vocabulary into one outcome; otherwise both sides are renormalised. Not with full.
+        clip, clip_level: upper limit of every ``entry`` before the sum, or of the ``token``'s sum (OPSD: 0.05, entry).
+        inputs: from where the update reads the student: its ``logits`` (verl's logits processor), or ``hidden_states``
+            inside the head's forward, so that no logits of the whole micro-batch exist. ``auto``: hidden_states for
+            the full vocabulary, else logits.
         aggregation: ``seq-mean-token-mean`` (mean over tokens, then over all rows of the mini-batch) or ``token-mean``.
-        rollout_correction: multiply by verl's truncated rollout-to-train ratio where the trainer computes one.
+        ratio_clip: SDPO's ``is_clip``: tokens are multiplied by min(pi / pi_old, ratio_clip), detached. None: off. The
+            ratio is 1 where a batch is one optimiser step.
+        rollout_correction: multiply by the truncated rollout-to-train ratio where ``algorithm.rollout_correction`` asks
+            for one.
     """
 
     kind: str = "jsd"
@@ -144,15 +187,28 @@ class DivergenceConfig:
     support: str = "student_topk"
     topk: int = 100
     tail: bool = True
+    clip: float | None = None
+    clip_level: str = "entry"
+    inputs: str = "auto"
     aggregation: str = "seq-mean-token-mean"
+    ratio_clip: float | None = None
     rollout_correction: bool = True
 
     def validate(self) -> None:
-        _one_of("divergence.kind", self.kind, DIVERGENCES)
+        if not _OWN_KIND.fullmatch(self.kind):
+            _one_of("divergence.kind", self.kind, DIVERGENCES)
         _number("divergence.alpha", self.alpha, 0.0, 1.0)
         _one_of("divergence.support", self.support, SUPPORTS)
         _number("divergence.topk", self.topk, 1)
+        if self.support == "full" and self.tail and self.kind != "sampled_token":
+            _fail("divergence.tail", True, "false with divergence.support=full, which leaves nothing outside")
+        _optional_number("divergence.clip", self.clip, 0.0, above=True)
+        _one_of("divergence.clip_level", self.clip_level, CLIP_LEVELS)
+        if self.clip is not None and self.kind == "sampled_token":
+            _fail("divergence.clip", self.clip, "null with kind=sampled_token, which has no entries")
+        _one_of("divergence.inputs", self.inputs, INPUTS)
         _one_of("divergence.aggregation", self.aggregation, AGGREGATIONS)
+        _optional_number("divergence.ratio_clip", self.ratio_clip, 0.0, above=True)
 
 
 @dataclass
@@ -226,6 +282,8 @@ class DistillConfig:
         reuse_log_probs: skip verl's separate old-log-prob pass where there is one optimiser step per batch, because
             the ratio is 1 there: ``auto`` (when nothing else needs the pass) or ``never``.
         poll_interval: seconds between looks at the finished rollouts (verl: 2).
+        non_finite_limit: optimiser steps in a row that may be skipped because loss or gradient is not finite; at one
+            more the run ends, naming the rows.
         fingerprints: write SHA-256 of every rank's student and teacher weights with each step, to compare runs.
     """
 
@@ -235,6 +293,7 @@ class DistillConfig:
     advantage_clip: float | None = None
     reuse_log_probs: str = "auto"
     poll_interval: float = 0.05
+    non_finite_limit: int = 3
     fingerprints: bool = False
     sequences: SequencesConfig = field(default_factory=SequencesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -266,12 +325,55 @@ class DistillConfig:
         _optional_number("advantage_clip", self.advantage_clip, 0.0, above=True)
         _one_of("reuse_log_probs", self.reuse_log_probs, ("auto", "never"))
         _number("poll_interval", self.poll_interval, 0.0, above=True)
+        _number("non_finite_limit", self.non_finite_limit, 0)
         for part in fields(self):
             value = getattr(self, part.name)
             if is_dataclass(value):
                 value.validate()
         if self.enabled and self.context.kind == "none" and self.teacher.kind == "live":
             _fail("context.kind", "none", "sibling: a live teacher without privileged text equals the student")
+        self._validate_states()
+
+    def _validate_states(self) -> None:
+        states = self.teacher.states
+        if states == "hidden_states" and self.one_token:
+            _fail("teacher.states", states, "log_probs where only the sampled token's probability is compared")
+        if self.one_token or self.divergence.support != "full":
+            return
+        if states == "log_probs":
+            _fail("teacher.states", states, "hidden_states with divergence.support=full")
+        if self.divergence.inputs == "logits":
+            _fail("divergence.inputs", "logits", "hidden_states with divergence.support=full")
+
+    @property
+    def one_token(self) -> bool:
+        """Whether teacher and student are compared at the sampled token only."""
+        return not self.divergence_loss or self.divergence.kind == "sampled_token"
+
+    @property
+    def teacher_states(self) -> str:
+        """``log_probs`` or ``hidden_states``: what a row keeps of its teacher until the update."""
+        if self.teacher.states != "auto":
+            return self.teacher.states
+        return "log_probs" if self.one_token or self.divergence.support == "teacher_topk" else "hidden_states"
+
+    @property
+    def student_inputs(self) -> str:
+        """``logits`` or ``hidden_states``: from where the update reads the student."""
+        if self.divergence.inputs != "auto":
+            return self.divergence.inputs
+        return "hidden_states" if not self.one_token and self.divergence.support == "full" else "logits"
+
+    @property
+    def support_pass(self) -> bool:
+        """Whether the student's support must be known before the teacher pass."""
+        on_student = not self.one_token and self.divergence.support == "student_topk"
+        return on_student and self.teacher_states == "log_probs"
+
+    @property
+    def student_pass(self) -> bool:
+        """Whether the teacher's part needs a separate student pass before the update."""
+        return self.enabled and (self.support_pass or not self.divergence_loss)
 
 
 def build(cls: type, values: Any, path: str) -> Any:

@@ -79,8 +79,13 @@ def topk_divergence(
     _check_temperature(temperature)
     _check_floating(student_logits_NV, "student_logits_NV")
     _check_floating(teacher_log_probs_NK, "teacher_log_probs_NK")
-    teacher = OnSupport(support_ids_NK.flatten(0, -2), teacher_log_probs_NK.detach().flatten(0, -2))
-    values = token_losses(student_logits_NV.flatten(0, -2), measure=measure, teacher=teacher, temperature=temperature)
+    width, vocabulary = support_ids_NK.shape[-1], student_logits_NV.shape[-1]
+    values = token_losses(
+        student_logits_NV.reshape(-1, vocabulary),
+        measure=measure,
+        teacher=OnSupport(support_ids_NK.reshape(-1, width), teacher_log_probs_NK.detach().reshape(-1, width)),
+        temperature=temperature,
+    )
     return values.divergence.view(student_logits_NV.shape[:-1])
 
 
@@ -236,7 +241,7 @@ def student_topk(logits_NV: Tensor, k: int, temperature: float = 1.0) -> Tensor:
 def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of chosen ids, normalised over the whole vocabulary: log p = logit - logsumexp(logits).
 
-    The plain form, for tests and small inputs; the passes use :func:`verl_ext.token_losses.read`.
+    The plain form, for tests and small inputs; the passes use :func:`verl_ext.token_reading.read`.
 
     Args:
         logits_NV: [N, V] logits; N may be several leading dimensions.

@@ -16,6 +16,7 @@ to 1). At alpha = 1/2 it is that of the implicit token advantage 1/2 log(M / stu
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,13 @@ def register_divergence(
 
 
 def check_kind(kind: str, alpha: float) -> Kind:
-    """The registered kind. Raises ValueError for an unknown one or alpha outside [0, 1]."""
+    """The registered kind, or the user's own ``package.module:function`` (see :func:`register_divergence`).
+
+    Raises ValueError for an unknown one or alpha outside [0, 1].
+    """
+    if kind not in DIVERGENCES and ":" in kind:
+        module, _, function = kind.partition(":")
+        register_divergence(kind)(getattr(importlib.import_module(module), function))
     if kind not in DIVERGENCES:
         raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(sorted(DIVERGENCES))}")
     if not 0.0 <= alpha <= 1.0:
@@ -104,21 +111,22 @@ def divergence_of(
     absent_s, absent_t = log_student_NC.isneginf(), log_teacher_NC.isneginf()
     neither = absent_s & absent_t
 
-    def summed(log_student: Tensor, fill: float) -> Tensor:
-        entries = kind.entries(
-            log_student.masked_fill(absent_s, fill), log_teacher_NC.masked_fill(absent_t, fill), alpha
-        ).masked_fill(neither, 0.0)
-        return clipped_sum(entries, clip, clip_level)
+    def entries(log_student: Tensor, fill: float) -> Tensor:
+        filled_s = log_student.masked_fill(absent_s, fill)
+        return kind.entries(filled_s, log_teacher_NC.masked_fill(absent_t, fill), alpha).masked_fill(neither, 0.0)
 
     with torch.no_grad():
-        # -1e30 instead of -inf keeps 0 * log 0 at 0 and shows an infinite term as a huge one.
-        value_N = summed(log_student_NC, -1e30)
-        value_N = value_N.masked_fill(value_N > 1e15, math.inf)
+        # Far below any log-probability, but finite: 0 * log 0 stays 0, and a term that grows with the distance of the
+        # stand-in is infinite.
+        far = torch.finfo(log_student_NC.dtype).max / 4
+        entries_NC = entries(log_student_NC, -far)
+        entries_NC = entries_NC.masked_fill(entries_NC > entries(log_student_NC, -far / 2), math.inf)
+        value_N = clipped_sum(entries_NC, clip, clip_level)
     if not slope:
         return value_N, None
     with torch.enable_grad():
         leaf = log_student_NC.detach().requires_grad_()
-        total = summed(leaf, math.log(torch.finfo(leaf.dtype).tiny)).sum()
+        total = clipped_sum(entries(leaf, math.log(torch.finfo(leaf.dtype).tiny)), clip, clip_level).sum()
         (slope_NC,) = torch.autograd.grad(total, leaf)
     return value_N, slope_NC
 

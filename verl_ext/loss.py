@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_ext.chunks import Head, Logits
 from verl_ext.config import DistillConfig
-from verl_ext.passes import packed_divergence
+from verl_ext.passes import ROW_ID
+from verl_ext.student_values import DETAILS, student_values
 
 WEIGHT = "distill_weight"
 """Field: float32 [B], question weight of the row; 0 where the row is not distilled."""
@@ -52,6 +58,10 @@ def aggregate(
     raise ValueError(f"unknown aggregation {mode!r}; known: seq-mean-token-mean, token-mean")
 
 
+ROW_STATISTICS = "rows/"
+"""Prefix of metrics that are lists with one entry per distilled row, in the order of ``rows/id``."""
+
+
 class Loss:
     """verl's loss function of the actor; a picklable object, sent to the workers by ``set_loss_fn``."""
 
@@ -59,17 +69,29 @@ class Loss:
         self.config = config
         self.actor_config = actor_config
 
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the engine calls it in the head's place."""
+        return self.config.divergence_loss and self.config.student_inputs == "hidden_states"
+
     def __call__(
         self,
         *,
         data: TensorDict,
         student_logits: torch.Tensor | None = None,
+        hidden_states: Head | None = None,
         model_output: dict[str, Any] | None = None,
         dp_group: Any = None,
     ) -> Any:
         if student_logits is not None:
-            logits_NV, rows_B = student_logits.squeeze(0), data[WEIGHT] != 0
-            return {"divergence": packed_divergence(logits_NV, data, rows_B, self.config.divergence)[None]}
+            values = student_values(Logits(student_logits.squeeze(0)), data, data[WEIGHT] != 0, self.config)
+            return {name: value[None] for name, value in values.items()}
+        if hidden_states is not None:
+            policy = not tu.get_non_tensor_data(data=data, key="distillation_only", default=False)
+            entropy = policy and tu.get_non_tensor_data(data=data, key="calculate_entropy", default=False)
+            return student_values(
+                hidden_states, data, data[WEIGHT] != 0, self.config, log_probs_of_all=policy, entropy=entropy
+            )
         metrics: dict[str, Any] = {}
         loss = 0.0
         if self.config.divergence_loss:
@@ -85,13 +107,12 @@ class Loss:
 
     def distillation(self, model_output: dict[str, Any], data: TensorDict, metrics: dict[str, Any]) -> torch.Tensor:
         """The distillation term; times the number of ranks, because FSDP averages gradients."""
-        from verl.utils.metric import AggregationType, Metric
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        divergence_BT = no_padding_2_padding(model_output["divergence"], data)
+        values = {name: no_padding_2_padding(model_output[name], data) for name in ("divergence", *DETAILS)}
         mask_BT = data["response_mask"].to_padded_tensor(0)
-        if self.config.divergence.rollout_correction and "rollout_is_weights" in data:
-            divergence_BT = divergence_BT * data["rollout_is_weights"].to_padded_tensor(0.0).detach()
+        divergence_BT = values["divergence"]
+        factors_BT = self.multipliers(values["student_log_probs"], data)
+        if factors_BT is not None:
+            divergence_BT = divergence_BT * factors_BT
         loss = data["dp_size"] * aggregate(
             divergence_BT,
             mask_BT,
@@ -101,14 +122,31 @@ class Loss:
             tokens=int(data[TOKENS][0]),
         )
         metrics["distill/loss"] = Metric(value=loss.detach(), aggregation=AggregationType.SUM)
+        metrics.update(row_statistics(values, mask_BT, data))
         return loss
+
+    def multipliers(self, log_probs_BT: torch.Tensor, data: TensorDict) -> torch.Tensor | None:
+        """SDPO's detached factors of a token: min(pi / pi_old, ratio_clip) and min(pi_old / pi_rollout, threshold).
+
+        Where a batch is one optimiser step, pi_old is the policy of this forward: the first factor is 1, and the second
+        needs no pass of its own (``rollout_threshold`` is then among the settings of the batch).
+        """
+        block = self.config.divergence
+        factors = None
+        if block.ratio_clip is not None and "old_log_probs" in data:
+            factors = truncated_ratio(log_probs_BT, data["old_log_probs"].to_padded_tensor(0.0), block.ratio_clip)
+        threshold = tu.get_non_tensor_data(data=data, key="rollout_threshold", default=None)
+        correction = None
+        if block.rollout_correction and threshold is not None:
+            correction = truncated_ratio(log_probs_BT, data["rollout_log_probs"].to_padded_tensor(0.0), threshold)
+        elif block.rollout_correction and "rollout_is_weights" in data:
+            correction = data["rollout_is_weights"].to_padded_tensor(0.0).detach()
+        if correction is None or factors is None:
+            return correction if factors is None else factors
+        return factors * correction
 
     def policy_gradient(self, model_output: dict[str, Any], data: TensorDict, metrics: dict[str, Any]) -> torch.Tensor:
         """verl's own policy loss, with denominators that count the rows left out."""
-        from verl.utils import tensordict_utils as tu
-        from verl.workers.utils.losses import ppo_loss
-        from verl.workers.utils.padding import no_padding_2_padding
-
         if "old_log_probs" not in data:
             # One optimiser step per batch: the policy that sampled is the one being updated.
             log_prob = no_padding_2_padding(model_output["log_probs"], data).detach()
@@ -121,3 +159,30 @@ class Loss:
         loss, policy_metrics = ppo_loss(self.actor_config, model_output, data)
         metrics.update(policy_metrics)
         return loss
+
+
+def truncated_ratio(log_probs: torch.Tensor, other_log_probs: torch.Tensor, limit: float) -> torch.Tensor:
+    """min(exp(log p - log q), limit), detached; the logarithm is held within +-20 as in SDPO's code."""
+    return (log_probs - other_log_probs).detach().clamp(-20.0, 20.0).exp().clamp(max=limit)
+
+
+def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data: TensorDict) -> dict[str, list]:
+    """Means over the response of every distilled row; ``gap`` is log pi_T(y_t) - log pi_S(y_t).
+
+    Lists, because every rank and micro-batch must have the same keys, whatever rows it has.
+    """
+    chosen_B = (data[WEIGHT] != 0) & (data[ROW_ID] >= 0)
+    mask_BT = mask_BT.bool()
+    lengths_B = mask_BT.sum(1).clamp(min=1)
+    tokens = {
+        "divergence": values["divergence"].detach(),
+        "gap": values["teacher_log_probs"] - values["student_log_probs"],
+        "teacher_entropy": values["teacher_entropy"],
+        "student_mass": values["student_mass"],
+        "teacher_mass": values["teacher_mass"],
+    }
+    out: dict[str, list] = {f"{ROW_STATISTICS}id": data[ROW_ID][chosen_B].tolist()}
+    for name, value_BT in tokens.items():
+        means_B = value_BT.masked_fill(~mask_BT, 0.0).sum(1) / lengths_B
+        out[ROW_STATISTICS + name] = means_B[chosen_B].tolist()
+    return out

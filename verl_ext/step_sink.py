@@ -14,6 +14,9 @@ class StepSink(Protocol):
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Sampled rollouts with their teacher context."""
 
+    def non_finite(self, rows: list[dict[str, Any]]) -> None:
+        """The rows of an optimiser step that was skipped."""
+
     def phase(self, text: str) -> None:
         """A stage of the start."""
 

@@ -23,8 +23,10 @@ def local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return shards
 
 
-def check_same_parameters(teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError where names, shapes or the teacher's dtype do not fit."""
+def check_same_parameters(
+    teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], *, moves: bool = True
+) -> None:
+    """Raises ValueError where names, shapes or, for a teacher that moves, its dtype do not fit."""
     missing = sorted(set(student) ^ set(teacher))
     if missing:
         raise ValueError(f"teacher and student differ in {len(missing)} parameters, the first is {missing[0]}")
@@ -33,7 +35,7 @@ def check_same_parameters(teacher: dict[str, torch.Tensor], student: dict[str, t
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} in the teacher and {tuple(student[name].shape)} in the student"
             )
-        if tensor.dtype != torch.float32:
+        if moves and tensor.dtype != torch.float32:
             raise ValueError(
                 f"{name} of the teacher is {tensor.dtype}; a moving average needs float32: "
                 "set actor_rollout_ref.ref.fsdp_config.model_dtype=fp32"

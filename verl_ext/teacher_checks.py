@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
 from verl_ext.config import DistillConfig
-from verl_ext.passes import ROW_ID
 
 
 class NegativeTeacherGap(RuntimeError):
@@ -31,28 +29,6 @@ def check_equality(few: KVBatchMeta, tolerance: float) -> dict[str, float]:
             "the same weights, in the same precision and with the same chat template."
         )
     return {"self_check/divergence": mean, "self_check/divergence_largest": largest}
-
-
-def measure_gap(work: KVBatchMeta, rewards_N: torch.Tensor, threshold: float) -> dict[str, float]:
-    """Teacher gap: median over rows of mean_t log pi_T(y_t) - log pi_S(y_t), on right answers and on wrong ones.
-
-    The median, because a few answers that are right by luck, with wrong steps, decide a mean (kept as ``*_mean``).
-
-    Args:
-        work: rows with the fields ``teacher_gap`` and ``row_id``.
-        rewards_N: by row id.
-        threshold: reward from which an answer is right.
-    """
-    data = tq.kv_batch_get(keys=work.keys, partition_id=work.partition_id, select_fields=["teacher_gap", ROW_ID])
-    gaps, row_ids = data["teacher_gap"], data[ROW_ID]
-    known = ~torch.isnan(gaps) & (row_ids >= 0)
-    gaps, right = gaps[known], (rewards_N >= threshold)[row_ids[known]]
-    metrics = {}
-    for name, part in (("gap", gaps[right]), ("gap_wrong", gaps[~right])):
-        if len(part):
-            metrics[f"teacher/{name}"] = float(part.median())
-            metrics[f"teacher/{name}_mean"] = float(part.mean())
-    return metrics
 
 
 class GapAlarm:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verl_ext.chunks import Logits, OnSupport, Rows, Teacher, Work, entropy_of, plain, product, product_dtype
+from verl_ext.chunks import Head, Logits, OnSupport, Rows, Teacher, Work, entropy_of, plain, product, product_dtype
 from verl_ext.divergence_kinds import (
     CLIP_LEVELS,
     Kind,
@@ -31,6 +31,9 @@ from verl_ext.divergence_kinds import (
 )
 
 SUPPORTS = ("student_topk", "teacher_topk", "full")
+
+# Stand-in for the log-probability of an impossible token beside p = 0; finite, also times a gradient.
+IMPOSSIBLE = -1e4
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ class Values(NamedTuple):
     divergence: Tensor | None
     log_prob: Tensor | None
     entropy: Tensor | None
-    student_mass: Tensor | None
-    teacher_mass: Tensor | None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
+    teacher_entropy: Tensor | None = None
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Task:
     temperature: float
     teacher_temperature: float
     entropy: bool
+    teacher_entropy: bool
     taught: int
     positions: Tensor | None
     chunk: int | None
@@ -102,6 +108,11 @@ class Task:
     def reduced(self) -> bool:
         """Whether the divergence is on a support."""
         return self.measure is not None and (isinstance(self.teacher, OnSupport) or self.measure.support != "full")
+
+    @property
+    def has_teacher_logits(self) -> bool:
+        """Whether the teacher is known on the whole vocabulary."""
+        return self.teacher is not None and not isinstance(self.teacher, OnSupport)
 
     @property
     def full(self) -> bool:
@@ -120,9 +131,7 @@ class Task:
 
     def teacher_block(self, block: slice) -> Tensor | None:
         """The teacher's logits, where there are any."""
-        if self.teacher is None or isinstance(self.teacher, OnSupport) or block.start >= self.taught:
-            return None
-        return self.teacher.block(block)
+        return self.teacher.block(block) if self.has_teacher_logits and block.start < self.taught else None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -164,6 +173,7 @@ def token_losses(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     entropy: bool = False,
+    teacher_entropy: bool = False,
     row_chunk: int | None = None,
 ) -> Values:
     """Divergence to a teacher, log-probability of given tokens and entropy, with gradient to the student.
@@ -174,12 +184,13 @@ def token_losses(
         positions: int64 [M], distinct rows of ``source`` to read; other rows are never touched. None: all, in order.
         tokens: int64 [M], tokens whose log-probability is wanted.
         temperature: divides the student's logits; ``teacher_temperature`` (the same if None) the teacher's.
-        entropy: compute the student's entropy.
+        entropy, teacher_entropy: compute the entropy of that side. The teacher's has no gradient, like its
+            log-probability of the tokens; both need a teacher with logits.
         row_chunk: positions worked on at once; None: by device.
 
     Returns:
-        Values of shape [M], float64 if any input is, else float32; divergence and masses are 0 beyond the teacher's
-        positions, and the masses are None on the full vocabulary.
+        Values of shape [M], float64 if any input is, else float32. What is about the teacher is 0 beyond its positions
+        and None where it does not exist (masses: on the full vocabulary).
 
     Raises:
         ValueError: shapes that do not fit, or a vocabulary that differs between student and teacher.
@@ -199,9 +210,13 @@ def token_losses(
     elif teacher is not None:
         if teacher.vocabulary != vocabulary:
             raise ValueError(f"the student's vocabulary has {vocabulary} tokens, the teacher's {teacher.vocabulary}")
-        tensors.append(teacher.values if isinstance(teacher, Logits) else teacher.hidden)
+        tensors += [teacher.values] if isinstance(teacher, Logits) else [teacher.hidden, teacher.weight]
         if measure.support != "full" and measure.topk > vocabulary:
             raise ValueError(f"topk={measure.topk} is larger than the vocabulary of {vocabulary} tokens")
+    if isinstance(teacher, Head):
+        # As the student's: what autocast asks of a linear layer.
+        dtype = product_dtype(teacher.hidden, teacher.weight)
+        teacher = Head(teacher.hidden.to(dtype), teacher.weight.to(dtype))
     task = Task(
         measure=measure,
         teacher=teacher,
@@ -209,6 +224,7 @@ def token_losses(
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
         entropy=entropy,
+        teacher_entropy=teacher_entropy and taught > 0 and not isinstance(teacher, OnSupport),
         taught=taught,
         positions=positions,
         chunk=row_chunk,
@@ -229,6 +245,8 @@ def _forward(task: Task, rows: Rows) -> Values:
         entropy=zeros(task.entropy),
         student_mass=zeros(task.reduced),
         teacher_mass=zeros(task.reduced),
+        teacher_log_prob=zeros(task.tokens is not None and task.has_teacher_logits),
+        teacher_entropy=zeros(task.teacher_entropy),
     )
     work = Work(rows, task.dtype, 6 if task.full else 4)
     for block, made in task.blocks(rows):
@@ -242,24 +260,28 @@ def _forward(task: Task, rows: Rows) -> Values:
                 out.entropy[part] = entropy_of(log_s, work.spare(2, rows=len(log_s))[0])
             if part.start >= task.taught:
                 continue
-            if teacher is not None:
-                teacher_logits = work.load(
-                    3, teacher[part.start - block.start : part.stop - block.start], task.teacher_temperature
-                )
-            if task.full:
-                log_t = work.log_softmax(2, teacher_logits)
-                out.divergence[part] = _full_value(task.measure, work, log_s, log_t)
-            elif teacher is None:
+            if teacher is None:
                 ids = task.teacher.ids[part].long()
                 _reduced_chunk(task, part, ids, log_s, task.teacher.log_probs[part].to(task.dtype), out)
-            else:
+                continue
+            teacher_logits = work.load(
+                3, teacher[part.start - block.start : part.stop - block.start], task.teacher_temperature
+            )
+            log_t = work.log_softmax(2, teacher_logits)
+            if out.teacher_log_prob is not None:
+                out.teacher_log_prob[part] = log_t.gather(-1, task.tokens[part].unsqueeze(-1)).squeeze(-1)
+            if task.reduced:
                 chooser = logits if task.measure.support == "student_topk" else teacher_logits
                 ids = chooser.topk(task.measure.topk, dim=-1).indices
-                log_t_NK = work.log_softmax(2, teacher_logits).gather(-1, ids)
-                _reduced_chunk(task, part, ids, log_s, log_t_NK, out)
+                _reduced_chunk(task, part, ids, log_s, log_t.gather(-1, ids), out)
+            if task.teacher_entropy:
+                out.teacher_entropy[part] = entropy_of(log_t, work.spare(3, rows=len(log_t))[0])
+            if task.full:
+                out.divergence[part] = _full_value(task.measure, work, log_s, log_t)
     if task.full:
         _settle_odd_rows(task, rows, out.divergence)
-    task.kept_entropy = out.entropy if task.with_gradient else None
+    # A copy: an output kept by its own node would be a cycle, and the caller may change it in place.
+    task.kept_entropy = out.entropy.clone() if task.entropy and task.with_gradient else None
     return out
 
 
@@ -301,7 +323,7 @@ def _backward(
                 grad = work.softmax(free, logits).mul_(spread.neg_().unsqueeze(-1))
             else:
                 # dH/dz = -p (log p + H)
-                surprise = torch.log_softmax(logits, -1).clamp_(min=torch.finfo(task.dtype).min)
+                surprise = torch.log_softmax(logits, -1).clamp_(min=IMPOSSIBLE)
                 surprise.add_(task.kept_entropy[part].unsqueeze(-1)).mul_(entropy[part].unsqueeze(-1))
                 grad = work.softmax(free, logits).mul_(surprise.add_(spread.unsqueeze(-1)).neg_())
             if slopes is not None:

@@ -42,7 +42,7 @@ def read(
         row_chunk: positions worked on at once; None: by device.
 
     Returns:
-        float64 for float64 input, else float32; ids int32.
+        float64 for float64 input, else float32; chosen ids int32, given ones as they are.
     """
     if isinstance(source, Head):
         dtype = product_dtype(source.hidden, source.weight)
@@ -56,7 +56,7 @@ def read(
         return torch.empty(*shape, dtype=as_dtype, device=rows.device)
 
     out = Reading(
-        empty(len(rows), width, as_dtype=torch.int32) if topk is not None else ids,
+        empty(len(rows), width, as_dtype=torch.int32) if ids is None and width else ids,
         empty(len(rows), width) if width else None,
         empty(len(rows)) if tokens is not None else None,
         empty(len(rows)) if entropy else None,
@@ -68,9 +68,9 @@ def read(
                 logits = work.load(0, rows.logits(made, block, part), temperature)
                 log_probs = work.log_softmax(1, logits)
                 if width:
-                    chosen = logits.topk(width, dim=-1).indices if topk is not None else ids[part].long()
+                    chosen = logits.topk(width, dim=-1).indices if ids is None else ids[part].long()
                     out.log_probs[part] = log_probs.gather(-1, chosen)
-                    if topk is not None:
+                    if ids is None:
                         out.ids[part] = chosen.to(torch.int32)
                 if tokens is not None:
                     out.token_log_probs[part] = log_probs.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1)

@@ -34,12 +34,15 @@ from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.config import distill_config
 from verl_ext.loss import WEIGHT
+from verl_ext.non_finite import NonFiniteWatch
+from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows, read_rows
+from verl_ext.row_metrics import row_metrics, take_row_statistics
 from verl_ext.step_sink import StepSink, Tee
-from verl_ext.teacher_checks import GapAlarm, check_equality, measure_gap
+from verl_ext.teacher_checks import GapAlarm, check_equality
 from verl_ext.validation import validation_metrics
 from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_rank_multiple
-from verl_ext.worker import DistillWorker
+from verl_ext.worker import MINI_BATCH, DistillWorker
 
 
 class DistillTrainer(PPOTrainerSync):
@@ -53,6 +56,7 @@ class DistillTrainer(PPOTrainerSync):
             config.actor_rollout_ref.distill = config.distill
         super().__init__(config)
         self._gap_alarm = GapAlarm(self.distill)
+        self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._self_check: dict[str, float] = {}
         self._resumed = False
         self._trained = False
@@ -101,7 +105,7 @@ class DistillTrainer(PPOTrainerSync):
     @property
     def teacher_has_own_weights(self) -> bool:
         """Whether a second copy of the model stands in the reference policy's place."""
-        return self.distill.enabled and self.distill.teacher.kind != "live"
+        return self.distill.enabled and self.distill.teacher.has_own_weights
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -130,16 +134,31 @@ class DistillTrainer(PPOTrainerSync):
         return max(1, self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 
     @property
+    def _correction(self) -> Any:
+        return self.config.algorithm.get("rollout_correction", None) or {}
+
+    @property
+    def _corrects_in_update(self) -> bool:
+        """Whether SDPO's truncated rollout-to-train ratio can be made from the update's own log-probabilities."""
+        correction = self._correction
+        plain = correction.get("rollout_is") == "token" and not correction.get("rollout_is_batch_normalize")
+        return plain and not self.distill.policy_gradient and isinstance(correction.rollout_is_threshold, int | float)
+
+    @property
     def _reuses_log_probs(self) -> bool:
-        """Whether verl's old-log-prob pass can be left out: the ratio is 1 where a batch is one optimiser step."""
-        correction = self.config.algorithm.get("rollout_correction", None) or {}
-        return (
-            self.distill.reuse_log_probs == "auto"
-            and self._steps_per_batch == 1
-            and not correction.get("rollout_is")
-            and not correction.get("rollout_rs")
-            and not self.config.algorithm.use_kl_in_reward
-        )
+        """Whether verl's old-log-prob pass can be left out: the ratio is 1 where a batch is one optimiser step.
+
+        Several optimiser steps need it for their ratio (``ratio_clip``, the policy gradient); a distillation without a
+        ratio never does.
+        """
+        if self.distill.reuse_log_probs != "auto" or self.config.algorithm.use_kl_in_reward:
+            return False
+        if self._correction.get("rollout_rs"):
+            return False
+        if self._steps_per_batch == 1:
+            return not self._correction.get("rollout_is") or self._corrects_in_update
+        ratio = self.distill.policy_gradient or self.distill.divergence.ratio_clip is not None
+        return not ratio and not self._correction.get("rollout_is")
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         if not self.distill.enabled:
@@ -167,7 +186,7 @@ class DistillTrainer(PPOTrainerSync):
         if work.meta is None:
             self._skip(metrics)
         else:
-            self._train(rows, work, metrics, timing_raw)
+            self._train(rows, plan, work, metrics, timing_raw)
         self._log_completions(rows, plan)
         return KVBatchMeta(
             partition_id=rows.meta.partition_id,
@@ -223,7 +242,7 @@ class DistillTrainer(PPOTrainerSync):
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
         return max(group._dispatch_info["actor"]) + 1
 
-    def _train(self, rows: RolloutRows, layout: Work, metrics: dict, timing_raw: dict) -> None:
+    def _train(self, rows: RolloutRows, plan: BatchPlan, layout: Work, metrics: dict, timing_raw: dict) -> None:
         """Steps 6 to 9 on the rows to forward."""
         work = layout.meta
         settings = {"temperature": self.config.actor_rollout_ref.rollout.temperature}
@@ -235,7 +254,8 @@ class DistillTrainer(PPOTrainerSync):
             self._student_pass(work, metrics)
         with marked_timer("teacher_pass", timing_raw):
             self._call(self.actor_rollout_wg.compute_teacher, work, settings)
-            self._measure_gap(rows, work, metrics)
+            metrics.update(self._self_check)
+            self._self_check = {}
             if self.distill.carrier == "advantage":
                 self._teacher_advantage(work, metrics)
         if self.use_reference_policy:
@@ -243,13 +263,61 @@ class DistillTrainer(PPOTrainerSync):
                 self._compute_ref_log_prob(self._meta(work, settings), metrics)
         with marked_timer("update_actor", timing_raw):
             output = self._call(self.actor_rollout_wg.update_actor, work, self._update_settings(settings))
-            values = rename_dict(output["metrics"], "actor/")
-            values["perf/mfu/actor"] = values.pop("actor/mfu")
-            metrics.update(reduce_metrics(values))
-            if self.distill.divergence_loss:
-                metrics["distill/loss"] = metrics.pop("actor/distill/loss")
+            self._read_update(rows, plan, work, dict(output["metrics"]), metrics)
         with marked_timer("teacher_update", timing_raw):
             self._update_teacher(metrics)
+
+    def _read_update(
+        self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, output: dict[str, Any], metrics: dict
+    ) -> None:
+        """Metrics of the update, the statistics of its rows, and the steps it skipped."""
+        statistics = take_row_statistics(output)
+        grad_norms = output["grad_norm"] if isinstance(output["grad_norm"], list) else [output["grad_norm"]]
+        values = rename_dict(output, "actor/")
+        values["perf/mfu/actor"] = values.pop("actor/mfu")
+        metrics.update(reduce_metrics(values))
+        if self.distill.divergence_loss:
+            metrics["distill/loss"] = metrics.pop("actor/distill/loss")
+            on_support = not self.distill.one_token and self.distill.divergence.support != "full"
+            metrics.update(
+                row_metrics(
+                    statistics,
+                    right_N=(rows.rewards >= self.distill.context.success_threshold).tolist(),
+                    pass_rates_N=plan.pass_rates.rates_P[plan.question_index_N].tolist(),
+                    on_support=on_support,
+                )
+            )
+        warning = self._gap_alarm.look(metrics, self.global_steps)
+        if warning:
+            self.sink.warning(warning)
+        suspects = {int(i) for i, d in zip(statistics.get("id", []), statistics.get("divergence", []), strict=True)
+                    if not math.isfinite(d)}  # fmt: skip
+        metrics.update(
+            self._non_finite.look(
+                self.global_steps, grad_norms, lambda index: self._rows_of_mini_batch(rows, plan, work, index, suspects)
+            )
+        )
+
+    def _rows_of_mini_batch(
+        self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, index: int, suspects: set[int]
+    ) -> list[dict[str, Any]]:
+        data = tq.kv_batch_get(keys=work.keys, partition_id=work.partition_id, select_fields=[MINI_BATCH, ROW_ID])
+        number = data[MINI_BATCH].unique().tolist()[index]
+        ids = data[ROW_ID][data[MINI_BATCH] == number].tolist()
+        return [self._row_record(rows, plan, i) | {"suspect": i in suspects} for i in ids if i >= 0]
+
+    def _row_record(self, rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
+        messages = plan.contexts_N[i].messages
+        return {
+            "question_id": rows.question_ids[i],
+            "rollout": int(rows.batch.rollout_index[i]),
+            "prompt": rows.batch.raw_prompts[i][-1]["content"],
+            "response": rows.batch.responses[i],
+            "response_ids": rows.data["responses"][i].tolist(),
+            "teacher_context": messages[-1]["content"] if messages else None,
+            "reward": float(rows.rewards[i]),
+            "weight": float(plan.weights_N[i]),
+        }
 
     def _meta(self, work: KVBatchMeta, extra_info: dict) -> KVBatchMeta:
         """A meta of its own per call: verl's calls write into it, and a stale one hides newer fields."""
@@ -262,18 +330,16 @@ class DistillTrainer(PPOTrainerSync):
         return output.get() if hasattr(output, "get") and not isinstance(output, TensorDict | dict) else output
 
     def _student_pass(self, work: KVBatchMeta, metrics: dict) -> None:
-        if self._reuses_log_probs:
+        if not self._reuses_log_probs:
+            self._compute_old_log_prob(self._meta(work, work.extra_info), metrics)
+            if self._correction.get("rollout_is") or self._correction.get("rollout_rs"):
+                self._rollout_correction(work, self._correction, metrics)
+        elif self.distill.student_pass:
             self._call(
                 self.actor_rollout_wg.compute_log_prob,
                 work,
                 {"temperature": work.extra_info["temperature"], "calculate_entropy": False, "distillation_only": True},
             )
-            return
-        meta = self._meta(work, work.extra_info)
-        self._compute_old_log_prob(meta, metrics)
-        correction = self.config.algorithm.get("rollout_correction", None) or {}
-        if correction.get("rollout_is") or correction.get("rollout_rs"):
-            self._rollout_correction(work, correction, metrics)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self.distill.enabled and self._reuses_log_probs:
@@ -352,11 +418,14 @@ class DistillTrainer(PPOTrainerSync):
         actor = self.config.actor_rollout_ref.actor
         entropy = actor.calculate_entropy or actor.entropy_coeff != 0.0
         blend = self.distill.policy_gradient or actor.use_kl_loss or entropy
+        in_update = self.distill.enabled and self._reuses_log_probs and self._correction.get("rollout_is")
         return {
             **settings,
+            # pi_old is the policy of the update's own forward where a batch is one optimiser step.
+            "rollout_threshold": float(self._correction.rollout_is_threshold) if in_update else None,
             # Asking for the entropy keeps flash-attention's cross entropy from overwriting logits we still read.
             "calculate_entropy": entropy or (blend and torch.cuda.is_available()),
-            "distillation_use_topk": self.distill.divergence_loss,
+            "distillation_use_topk": self.distill.divergence_loss and self.distill.student_inputs == "logits",
             "distillation_only": self.distill.divergence_loss and not blend,
             "global_batch_size": actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,
         }
@@ -365,9 +434,18 @@ class DistillTrainer(PPOTrainerSync):
         # Only reached without distillation: verl's own update, and the statistics of its groups for the same plots.
         real = real_rows(batch)
         rows = read_rows(real, self.tokenizer)
-        self._log_completions(rows, self._plan(rows, metrics))
+        plan = self._plan(rows, metrics)
+        self._log_completions(rows, plan)
         metrics["rows/train_share"] = float(np.mean([bool((row != 0).any()) for row in read_advantages(real)]))
-        return super()._update_actor(batch, metrics)
+        meta = super()._update_actor(batch, metrics)
+        metrics.update(
+            self._non_finite.look(
+                self.global_steps,
+                [metrics["actor/grad_norm"]],
+                lambda index: [self._row_record(rows, plan, i) | {"suspect": False} for i in range(len(real.keys))],
+            )
+        )
+        return meta
 
     def on_step_end(self) -> None:
         super().on_step_end()
@@ -384,27 +462,27 @@ class DistillTrainer(PPOTrainerSync):
         metrics["distill/steps_skipped"] = 1
 
     def _update_teacher(self, metrics: dict) -> None:
-        if self.distill.teacher.kind != "ema":
+        """Step 9; teachers that stand still are measured against the student."""
+        settings = self.distill.teacher
+        if not settings.has_own_weights or settings.kind == "external":
             return
-        parts = self.actor_rollout_wg.update_teacher(self.distill.teacher.update_rate)
-        metrics["teacher/moved"] = parts[0]["moved"]
+        rate = settings.update_rate if settings.kind == "ema" else 0.0
+        if settings.kind == "synced" and self.global_steps % settings.sync_every == 0:
+            rate = 1.0
+        parts = self.actor_rollout_wg.update_teacher(rate)
+        if settings.moves:
+            metrics["teacher/moved"] = parts[0]["moved"]
         metrics["teacher/distance"] = math.sqrt(sum(part["squared_distance"] for part in parts))
 
     # ------------------------------------------------------------------------------------------------- self-checks
 
     def _check_teacher_equals_student(self, layout: Work, settings: dict) -> None:
-        """Before the first update both have the same weights."""
+        """Before the first update both have the same weights, unless the teacher is another model."""
+        if self.distill.teacher.kind == "external":
+            return
         few = layout.part(8, rows_per_rank_multiple(self.config))
         self._call(self.actor_rollout_wg.compute_discrepancy, few, settings)
         self._self_check = check_equality(few, self.distill.teacher.self_check_tolerance)
-
-    def _measure_gap(self, rows: RolloutRows, work: KVBatchMeta, metrics: dict) -> None:
-        metrics.update(self._self_check)
-        self._self_check = {}
-        metrics.update(measure_gap(work, rows.rewards, self.distill.context.success_threshold))
-        warning = self._gap_alarm.look(metrics, self.global_steps)
-        if warning:
-            self.sink.warning(warning)
 
     # -------------------------------------------------------------------------------------------------- validation
 
@@ -430,7 +508,7 @@ class DistillTrainer(PPOTrainerSync):
 
     @property
     def _teacher_is_saved(self) -> bool:
-        return self.teacher_has_own_weights and self.distill.teacher.kind == "ema"
+        return self.teacher_has_own_weights and self.distill.teacher.moves
 
     def _save_checkpoint(self) -> None:
         # Ours first: verl writes the tracker last, so a checkpoint it names is whole.
@@ -461,15 +539,8 @@ class DistillTrainer(PPOTrainerSync):
             [
                 {
                     "step": self.global_steps,
-                    "question_id": rows.question_ids[i],
-                    "prompt": rows.batch.raw_prompts[i][-1]["content"],
-                    "response": rows.batch.responses[i],
-                    "teacher_context": (
-                        plan.contexts_N[i].messages[-1]["content"] if plan.contexts_N[i].messages else None
-                    ),
-                    "reward": float(rows.rewards[i]),
+                    **{key: value for key, value in self._row_record(rows, plan, i).items() if key != "response_ids"},
                     "pass_rate": float(rates[plan.question_index_N[i]]),
-                    "weight": float(plan.weights_N[i]),
                     "has_demonstration": plan.demonstrations_N[i] is not None,
                 }
                 for i in chosen.tolist()

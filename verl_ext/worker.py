@@ -1,13 +1,15 @@
 """verl's actor-rollout-reference worker with a teacher in the reference policy's place.
 
-One step calls, in the same row order: ``compute_log_prob`` (student pass; leaves the support), ``compute_teacher``,
-``update_actor``, ``update_teacher``. What is as wide as the support stays in this process (:mod:`verl_ext.row_store`).
+One step calls, with the rows on the same ranks: ``compute_log_prob`` (student pass, only where something needs it),
+``compute_teacher``, ``update_actor``, ``update_teacher``. What is as wide as the support or the hidden states stays in
+this process (:mod:`verl_ext.row_store`).
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from tensordict.tensorclass import NonTensorData
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.py_functional import append_to_dict
+from verl.workers.config import HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext import engine, teacher
 from verl_ext.config import DistillConfig, distill_config
 from verl_ext.loss import WEIGHT, Loss
 from verl_ext.packing import lengths, to_jagged
-from verl_ext.passes import ROW_ID, Discrepancy, ForwardPass, StudentSupport, TeacherSupport
+from verl_ext.passes import ROW_ID, ForwardPass, StudentPass, TeacherPass, rollout_temperature, settle_mixed_teacher
 from verl_ext.row_store import STORE
+from verl_ext.student_values import Discrepancy
 
 MINI_BATCH = "mini_batch"
 """Field: int64 [B], the mini-batch the row was assigned to."""
@@ -35,7 +39,9 @@ TEACHER_PROMPT = "teacher_prompt"
 class DistillTrainingWorker(TrainingWorker):
     """verl's training worker with mini-batches of their own sizes, and passes with a loss function of their own."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, model_path: str | None = None) -> None:
+        if model_path is not None:
+            config.model_config = replace_model(config.model_config, model_path)
         super().__init__(config)
         self.updated = False
 
@@ -92,6 +98,15 @@ class DistillTrainingWorker(TrainingWorker):
         return [length for part in gathered for length in part]
 
 
+def replace_model(model_config: Any, path: str) -> Any:
+    """verl's model settings for another checkpoint."""
+    kept = {
+        name: getattr(model_config, name)
+        for name in ("override_config", "use_remove_padding", "trust_remote_code", "use_shm", "external_lib")
+    }
+    return HFModelConfig(path=path, **kept)
+
+
 def _over_ranks(value: Any) -> Any:
     """One mini-batch's metric over the ranks, as verl's own loop folds it."""
     from verl.utils.metric import Metric
@@ -119,10 +134,12 @@ class DistillWorker(ActorRolloutRefWorker):
         placement = None
         if self.distill.enabled:
             placement = "host" if self.distill.teacher.offload else "device"
+        if self.distill.enabled and self.distill.teacher.kind == "external":
+            self.ref_worker_cls = partial(DistillTrainingWorker, model_path=self.distill.teacher.path)
         with engine.forward_only_placement(placement):
             super().init_model()
-        if self.distill.enabled and self.ref is not None:
-            teacher.check_same_parameters(self._teacher_shards(), self._student_shards())
+        if self.distill.enabled:
+            self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -137,12 +154,19 @@ class DistillWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_log_prob(self, data: TensorDict) -> TensorDict:
         """Student pass: verl's log-probabilities, and the support of rows that will be distilled."""
-        if ROW_ID not in data:
+        if ROW_ID not in data or not self.distill.student_pass:
             return super().compute_log_prob(data)
         STORE.clear()
-        # The advantage needs the sampled token only.
-        topk = self.distill.divergence.topk if self.distill.divergence_loss else 1
-        output = self.actor.forward(data, StudentSupport(topk))
+        log_probs_too = not tu.get_non_tensor_data(data=data, key="distillation_only", default=False)
+        return self._forwarded(self.actor.forward(data, self._student_pass(log_probs_too)))
+
+    def _student_pass(self, log_probs_too: bool = False) -> StudentPass:
+        """The student pass, in the place where the update reads; verl's own log-probabilities need the logits."""
+        hidden = self.distill.student_inputs == "hidden_states" and not log_probs_too
+        return StudentPass(self.distill.divergence.topk if self.distill.support_pass else None, hidden_states=hidden)
+
+    @staticmethod
+    def _forwarded(output: TensorDict | None) -> TensorDict | None:
         return output.cpu() if output is not None else None
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
@@ -150,20 +174,20 @@ class DistillWorker(ActorRolloutRefWorker):
         """Teacher pass over the rows that have a context, packed by its own token budget.
 
         Returns:
-            ``teacher_gap`` [B]: mean over the response of log pi_T(y_t) - log pi_S(y_t); NaN for rows without context.
-            Where the advantage carries the distillation also ``teacher_log_ratio``, jagged: that difference per token.
+            ``taught``: bool [B], the rows it was run on. Where the advantage carries the distillation also
+            ``teacher_log_ratio``, jagged: log pi_T(y_t) - log pi_S(y_t).
         """
-        chosen = torch.nonzero((data[WEIGHT] != 0) & (data[ROW_ID] >= 0)).flatten()
-        self._run_teacher(self._teacher_batch(data, chosen))
-        gaps = torch.full((len(data),), float("nan"))
-        ratios = [torch.zeros(len(row)) for row in data["responses"].unbind()]
-        for index in chosen.tolist():
-            state = STORE[int(data[ROW_ID][index])]
-            ratios[index] = (state.teacher_token_log_probs - state.student_log_probs).cpu()
-            gap = ratios[index][data["response_mask"][index].bool().cpu()]
-            gaps[index] = gap.mean().item() if gap.numel() else float("nan")
-        output = {"teacher_gap": gaps}
+        if not self.distill.student_pass:
+            STORE.clear()
+        taught = (data[WEIGHT] != 0) & (data[ROW_ID] >= 0)
+        chosen = torch.nonzero(taught).flatten()
+        self._run_teacher(data, chosen, list(data[TEACHER_PROMPT].unbind()))
+        output = {"taught": taught}
         if not self.distill.divergence_loss:
+            ratios = [torch.zeros(len(row)) for row in data["responses"].unbind()]
+            for index in chosen.tolist():
+                state = STORE[int(data[ROW_ID][index])]
+                ratios[index] = (state.teacher_token_log_probs - state.student_log_probs).cpu()
             output["teacher_log_ratio"] = to_jagged(ratios)
         return tu.get_tensordict(output)
 
@@ -175,28 +199,55 @@ class DistillWorker(ActorRolloutRefWorker):
             ``mean`` and ``largest`` [B]: divergence in nats over this rank's rows, repeated for every row.
         """
         STORE.clear()
-        self.actor.forward(_copy(data), StudentSupport(self.distill.divergence.topk))
-        rows = torch.arange(len(data))
-        self._run_teacher(self._teacher_batch(data, rows, prompts=list(data["prompts"].unbind())))
-        check = Discrepancy(self.distill.divergence)
+        if self.distill.student_pass:
+            self.actor.forward(_copy(data), self._student_pass())
+        self._run_teacher(data, torch.arange(len(data)), list(data["prompts"].unbind()))
+        check = Discrepancy(self.distill)
         self.actor.forward(_copy(data), check)
         STORE.clear()
         ones = torch.ones(len(data))
         return tu.get_tensordict({"mean": ones * (check.total / max(check.tokens, 1)), "largest": ones * check.largest})
 
-    def _run_teacher(self, batch: TensorDict) -> None:
-        worker = self.ref if self.ref is not None else self.actor
-        worker.forward(batch, TeacherSupport())
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict:
+        """verl's update; what the passes left for it is forgotten afterwards, before the rollout needs the memory."""
+        output = self.actor.train_mini_batch(data=data)
+        STORE.clear()
+        return self._forwarded(output)
 
-    def _teacher_batch(
-        self, data: TensorDict, chosen: torch.Tensor, prompts: list[torch.Tensor] | None = None
-    ) -> TensorDict:
+    def _run_teacher(self, data: TensorDict, chosen: torch.Tensor, prompts: list[torch.Tensor]) -> None:
+        """The teacher on the chosen rows: one pass, or one for each part of a mixed teacher."""
+        settings, divergence = self.distill.teacher, self.distill.divergence
+        support = "none"
+        if not self.distill.one_token:
+            support = {"student_topk": "given"}.get(divergence.support, divergence.support)
+        parts = [(self.ref if settings.has_own_weights else self.actor, 1.0)]
+        if settings.kind == "trust_region":
+            parts = [(self.ref, 1.0 - settings.update_rate), (self.actor, settings.update_rate)]
+        keep = self.distill.teacher_states if len(parts) == 1 else "hidden_states"
+        for worker, share in parts:
+            forward_pass = TeacherPass(
+                keep,
+                support=support,
+                topk=divergence.topk,
+                share=share,
+                on_host=settings.offload,
+                from_logits=divergence.inputs == "logits",
+            )
+            worker.forward(self._teacher_batch(data, chosen, prompts), forward_pass)
+            forward_pass.leave_head()
+        if keep != self.distill.teacher_states:
+            rows = {int(data[ROW_ID][i]): data["responses"][i] for i in chosen.tolist()}
+            settle_mixed_teacher(
+                support=support, topk=divergence.topk, temperature=rollout_temperature(data), tokens=rows
+            )
+
+    def _teacher_batch(self, data: TensorDict, chosen: torch.Tensor, prompts: list[torch.Tensor]) -> TensorDict:
         """Teacher prompt + response of the chosen rows, with as many rows on every rank.
 
         A rank with fewer rows repeats a short one (row id -1: computed, stored nowhere), because every rank must run
         the same number of FSDP forwards.
         """
-        prompts = prompts if prompts is not None else list(data[TEACHER_PROMPT].unbind())
         responses = list(data["responses"].unbind())
         rows = [(prompts[i], responses[i], int(data[ROW_ID][i])) for i in chosen.tolist()]
         count = torch.tensor(len(rows), device=prompts[0].device)
@@ -227,6 +278,22 @@ class DistillWorker(ActorRolloutRefWorker):
         )
         return batch
 
+    def _check_models(self) -> None:
+        """Raises ValueError where the teacher's weights or vocabulary do not fit the student's."""
+        vocabulary = self.actor.model_config.hf_config.get_text_config().vocab_size
+        if self.distill.divergence.topk > vocabulary and not self.distill.one_token:
+            raise ValueError(
+                f"distill.divergence.topk={self.distill.divergence.topk} is more than the model's {vocabulary} tokens"
+            )
+        if self.ref is None:
+            return
+        if self.distill.teacher.kind == "external":
+            other = self.ref.model_config.hf_config.get_text_config().vocab_size
+            if other != vocabulary:
+                raise ValueError(f"the teacher's vocabulary has {other} tokens, the student's {vocabulary}")
+            return
+        teacher.check_same_parameters(self._teacher_shards(), self._student_shards(), moves=self.distill.teacher.moves)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def skip_update(self) -> float:
         """A step in which no row trains: only the schedule advances, once per trainer step as in verl."""
@@ -235,15 +302,16 @@ class DistillWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def update_teacher(self, rate: float) -> dict[str, float]:
-        """Moves the teacher once per trainer step, after the update, unless no optimiser step was finite.
+        """Moves the teacher after the update, unless no optimiser step was finite; rate 0 only measures.
 
         Returns:
             ``moved`` (0 or 1) and ``distance``, this rank's squared norm of teacher minus student.
         """
         shards, student = self._teacher_shards(), self._student_shards()
-        if self.actor.updated:
+        moved = self.actor.updated and rate > 0
+        if moved:
             teacher.move_towards(shards, student, rate)
-        return {"moved": float(self.actor.updated), "squared_distance": teacher.squared_distance(shards, student)}
+        return {"moved": float(moved), "squared_distance": teacher.squared_distance(shards, student)}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_teacher(self, folder: str) -> None:
