@@ -115,7 +115,7 @@ class Inputs:
         )
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def both_logits(setting: Setting) -> tuple[Tensor, Tensor]:
     """Logits [N, V] of student and teacher."""
     shape = (setting.tokens, setting.vocabulary)

@@ -102,7 +102,7 @@ def _check_checkpoint(config: DictConfig, folder: Path) -> None:
             f"set trainer.n_gpus_per_node x trainer.nnodes to {min(sizes)} or choose another folder"
         )
     wanted = [folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
-    if config.distill.coefficient > 0 and config.distill.teacher.kind == "ema":
+    if config.distill.coefficient > 0 and config.distill.teacher.kind in ("ema", "synced"):
         wanted += [folder / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)]
     for path in wanted:
         if not path.exists() or path.stat().st_size == 0:

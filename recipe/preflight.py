@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 
 from verl_ext.config import ConfigError
+from verl_ext.vocabulary import check_same_vocabulary
 
 COLUMNS = {
     "prompt": "list of {role, content}",
@@ -25,6 +26,7 @@ def preflight(config: DictConfig) -> None:
     check_attention(config)
     positions = check_model(config)
     check_lengths(config, positions)
+    check_teacher(config)
     for key in ("train_files", "val_files"):
         for file in _files(config.data[key]):
             check_parquet(Path(file), f"data.{key}")
@@ -74,6 +76,26 @@ def check_attention(config: DictConfig) -> None:
             "actor_rollout_ref.model.override_config.attn_implementation is flash_attention_2 and flash-attn "
             "is not installed; give scripts/setup.sh a prebuilt wheel (FLASH_ATTN_WHEEL=...), use the image, or set it "
             "to sdpa with actor_rollout_ref.model.use_remove_padding=false (padded rows: slower, more memory)"
+        )
+
+
+def check_teacher(config: DictConfig) -> None:
+    """The support fits the vocabulary, and another model as teacher has the student's vocabulary."""
+    if config.distill.coefficient == 0:
+        return
+    path, divergence = str(config.actor_rollout_ref.model.path), config.distill.divergence
+    folder = Path(path).expanduser()
+    if (folder / "config.json").exists() and divergence.support != "full":
+        vocabulary = json.loads((folder / "config.json").read_text()).get("vocab_size")
+        if vocabulary is not None and divergence.topk > vocabulary:
+            raise ConfigError(
+                f"distill.divergence.topk is {divergence.topk}; allowed: up to the {vocabulary} tokens of the vocabulary"
+            )
+    if config.distill.teacher.kind == "external":
+        check_same_vocabulary(
+            path,
+            str(config.distill.teacher.path),
+            trust_remote_code=bool(config.actor_rollout_ref.model.get("trust_remote_code", False)),
         )
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of one [rows, V] working tensor. On a CPU the working tensors stay in the cache, which is five times as fast
-# as going through memory (benchmarks/divergence.py); on an accelerator a chunk must be large enough to fill it.
-ROW_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 26}
+# Bytes of all working tensors [rows, V] of a pass. On a CPU they stay in the cache, which is several times as fast as
+# going through memory (benchmarks/divergence.py --sweep); an accelerator needs large ones to be busy.
+WORK_BYTES = {"cpu": 20 << 20, "other": 3 << 29}
 # Rows of one matrix product with the head, for the hidden-state form.
 HEAD_ROWS = {"cpu": 256, "other": 1024}
 
@@ -112,11 +112,15 @@ class Rows:
         """Where the work is done."""
         return self.source.device
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows worked on at once."""
-        by_device = ROW_ELEMENTS.get(self.device.type, ROW_ELEMENTS["other"]) // self.vocabulary
-        return max(1, min(self.chunk or by_device, len(self)))
+    def chunk_rows(self, buffers: int, dtype: torch.dtype) -> int:
+        """Rows worked on at once, with so many working tensors."""
+        if self.chunk is not None:
+            return max(1, min(self.chunk, len(self)))
+        budget = WORK_BYTES.get(self.device.type, WORK_BYTES["other"])
+        rows = budget // (self.vocabulary * dtype.itemsize * buffers)
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        # An uneven number of rows leaves a thread idle.
+        return max(1, min(max(rows // threads, 1) * threads, len(self)))
 
     def index(self, rows: slice) -> slice | Tensor:
         """Rows of the source at these positions."""
@@ -131,11 +135,6 @@ class Rows:
             made = None if self.head is None else product(self.source[self.index(block)], self.head)
             yield block, made
 
-    def chunks(self, block: slice) -> Iterator[slice]:
-        """Ranges of a block worked on at once."""
-        for start in range(block.start, block.stop, self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, block.stop))
-
     def logits(self, made: Tensor | None, block: slice, rows: slice) -> Tensor:
         """Logits [rows, V], from the block made for them or from the source."""
         if made is None:
@@ -147,8 +146,14 @@ class Work:
     """Working tensors [rows, V] that the chunks share: fresh ones would cost page faults."""
 
     def __init__(self, rows: Rows, dtype: torch.dtype, count: int) -> None:
-        shape = (rows.chunk_rows, rows.vocabulary)
+        self.rows = rows.chunk_rows(count, dtype)
+        shape = (self.rows, rows.vocabulary)
         self.buffers = [torch.empty(shape, dtype=dtype, device=rows.device) for _ in range(count)]
+
+    def chunks(self, block: slice) -> Iterator[slice]:
+        """Ranges of a block worked on at once."""
+        for start in range(block.start, block.stop, self.rows):
+            yield slice(start, min(start + self.rows, block.stop))
 
     def load(self, index: int, logits: Tensor, temperature: float) -> Tensor:
         """Logits in the working precision, divided by the temperature."""

@@ -32,6 +32,9 @@ from verl_ext.divergence_kinds import (
 
 SUPPORTS = ("student_topk", "teacher_topk", "full")
 
+# Positions whose support is worked on at once: tensors of a few K numbers each, so many small calls would cost more.
+SUPPORT_ROWS = 4096
+
 # Stand-in for the log-probability of an impossible token beside p = 0; finite, also times a gradient.
 IMPOSSIBLE = -1e4
 
@@ -248,10 +251,11 @@ def _forward(task: Task, rows: Rows) -> Values:
         teacher_log_prob=zeros(task.tokens is not None and task.has_teacher_logits),
         teacher_entropy=zeros(task.teacher_entropy),
     )
+    support = _Support(task, rows.device) if task.reduced else None
     work = Work(rows, task.dtype, 6 if task.full else 4)
     for block, made in task.blocks(rows):
         teacher = task.teacher_block(block)
-        for part in rows.chunks(block):
+        for part in work.chunks(block):
             logits = work.load(0, rows.logits(made, block, part), task.temperature)
             log_s = work.log_softmax(1, logits)
             if task.tokens is not None:
@@ -261,8 +265,7 @@ def _forward(task: Task, rows: Rows) -> Values:
             if part.start >= task.taught:
                 continue
             if teacher is None:
-                ids = task.teacher.ids[part].long()
-                _reduced_chunk(task, part, ids, log_s, task.teacher.log_probs[part].to(task.dtype), out)
+                support.put(part, task.teacher.ids[part].long(), log_s, task.teacher.log_probs[part])
                 continue
             teacher_logits = work.load(
                 3, teacher[part.start - block.start : part.stop - block.start], task.teacher_temperature
@@ -273,13 +276,15 @@ def _forward(task: Task, rows: Rows) -> Values:
             if task.reduced:
                 chooser = logits if task.measure.support == "student_topk" else teacher_logits
                 ids = chooser.topk(task.measure.topk, dim=-1).indices
-                _reduced_chunk(task, part, ids, log_s, log_t.gather(-1, ids), out)
+                support.put(part, ids, log_s, log_t.gather(-1, ids))
             if task.teacher_entropy:
                 out.teacher_entropy[part] = entropy_of(log_t, work.spare(3, rows=len(log_t))[0])
             if task.full:
                 out.divergence[part] = _full_value(task.measure, work, log_s, log_t)
     if task.full:
         _settle_odd_rows(task, rows, out.divergence)
+    elif task.reduced:
+        _reduced_divergence(task, support, out)
     # A copy: an output kept by its own node would be a cycle, and the caller may change it in place.
     task.kept_entropy = out.entropy.clone() if task.entropy and task.with_gradient else None
     return out
@@ -295,14 +300,17 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradient by the source and by the head; ``divergence``, ``log_prob``, ``entropy``: gradients by the outputs."""
     head = rows.head
-    grad_source = torch.zeros_like(rows.source) if needed[0] else None
+    grad_source = None
+    if needed[0]:
+        # Every row is written where all are read.
+        grad_source = torch.empty_like(rows.source) if rows.positions is None else torch.zeros_like(rows.source)
     # Summed over blocks in the working precision, so that the result does not depend on how many there are.
     grad_head = torch.zeros_like(head, dtype=task.dtype) if head is not None and needed[1] else None
     work = Work(rows, task.dtype, 6 if task.full else 3)
     for block, made in task.blocks(rows):
         taught = block.start < task.taught and divergence is not None
         teacher = task.teacher_block(block) if task.full and taught else None
-        for part in rows.chunks(block):
+        for part in work.chunks(block):
             logits = work.load(0, rows.logits(made, block, part), task.temperature)
             slopes, on_support = None, None
             # d/dz of a log-probability is (one-hot - p): every slope is also taken away from all logits, times p.
@@ -344,7 +352,10 @@ def _backward(
             if grad_source is not None:
                 grad_source[index] = made @ head
             if grad_head is not None:
-                grad_head += made.t() @ rows.source[index]
+                if grad_head.dtype == made.dtype:
+                    grad_head.addmm_(made.t(), rows.source[index])
+                else:
+                    grad_head += made.t() @ rows.source[index]
     return grad_source, grad_head
 
 
@@ -395,24 +406,37 @@ def _settle_odd_rows(task: Task, rows: Rows, divergence: Tensor) -> None:
         )[0]
 
 
-def _reduced_chunk(task: Task, part: slice, ids: Tensor, log_s: Tensor, log_t_NK: Tensor, out: Values) -> None:
-    """Divergence and masses on the support; keeps the ids and slopes for the backward pass."""
+class _Support:
+    """Ids and log-probabilities of both sides on the support, [taught, K], filled chunk by chunk."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        width = task.teacher.ids.shape[-1] if isinstance(task.teacher, OnSupport) else task.measure.topk
+        shape = (task.taught, width)
+        self.ids = torch.empty(shape, dtype=torch.int32, device=device)
+        self.log_s, self.log_t = (torch.empty(shape, dtype=task.dtype, device=device) for _ in range(2))
+
+    def put(self, part: slice, ids: Tensor, log_s: Tensor, log_t_NK: Tensor) -> None:
+        """One chunk; ``log_s`` [rows, V] is the student's on the whole vocabulary."""
+        self.ids[part], self.log_s[part], self.log_t[part] = ids, log_s.gather(-1, ids), log_t_NK
+
+
+def _reduced_divergence(task: Task, support: _Support, out: Values) -> None:
+    """Divergence and masses on the support; keeps ids and slopes for the backward pass."""
     measure = task.measure
     close = with_tail if measure.tail else renormalized
     general = {"clip": measure.clip, "clip_level": measure.clip_level, "slope": task.with_gradient}
-    log_s_NK = log_s.gather(-1, ids)
-    out.student_mass[part] = log_mass(log_s_NK).exp()
-    out.teacher_mass[part] = log_mass(log_t_NK).exp()
-    with torch.set_grad_enabled(task.with_gradient):
-        leaf = log_s_NK.detach().requires_grad_(task.with_gradient)
-        closed = close(leaf)
-        value, slope = divergence_of(measure.definition, closed.detach(), close(log_t_NK), measure.alpha, **general)
-    out.divergence[part] = value
-    if slope is None:
-        return
-    (slopes,) = torch.autograd.grad(closed, leaf, slope)
-    if task.kept_ids is None:
-        shape = (task.taught, ids.shape[-1])
-        task.kept_ids = torch.empty(shape, dtype=torch.int32, device=ids.device)
-        task.kept_slopes = torch.empty(shape, dtype=task.dtype, device=ids.device)
-    task.kept_ids[part], task.kept_slopes[part] = ids.to(torch.int32), slopes
+    for start in range(0, task.taught, SUPPORT_ROWS):
+        part = slice(start, min(start + SUPPORT_ROWS, task.taught))
+        log_s, log_t = support.log_s[part], support.log_t[part]
+        out.student_mass[part] = log_mass(log_s).exp()
+        out.teacher_mass[part] = log_mass(log_t).exp()
+        with torch.set_grad_enabled(task.with_gradient):
+            leaf = log_s.detach().requires_grad_(task.with_gradient)
+            closed = close(leaf)
+            value, slope = divergence_of(measure.definition, closed.detach(), close(log_t), measure.alpha, **general)
+        out.divergence[part] = value
+        if slope is not None:
+            # The slopes take the place of the log-probabilities they were made of.
+            support.log_s[part] = torch.autograd.grad(closed, leaf, slope)[0]
+    if task.with_gradient:
+        task.kept_ids, task.kept_slopes = support.ids, support.log_s

@@ -64,7 +64,7 @@ def read(
     with plain(rows.device):
         work = Work(rows, dtype, 3)
         for block, made in rows.blocks(0, len(rows)):
-            for part in rows.chunks(block):
+            for part in work.chunks(block):
                 logits = work.load(0, rows.logits(made, block, part), temperature)
                 log_probs = work.log_softmax(1, logits)
                 if width:

@@ -8,6 +8,7 @@ this process (:mod:`verl_ext.row_store`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -134,13 +135,17 @@ class DistillWorker(ActorRolloutRefWorker):
         placement = None
         if self.distill.enabled:
             placement = "host" if self.distill.teacher.offload else "device"
-        if self.distill.enabled and self.distill.teacher.kind == "external":
-            self.ref_worker_cls = partial(DistillTrainingWorker, model_path=self.distill.teacher.path)
+        self.ref_worker_cls = self._teacher_worker_class(self.distill)
         with engine.forward_only_placement(placement):
             super().init_model()
         if self.distill.enabled:
             self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
+
+    @staticmethod
+    def _teacher_worker_class(distill: DistillConfig) -> Callable[..., DistillTrainingWorker]:
+        path = distill.teacher.path if distill.enabled else None
+        return partial(DistillTrainingWorker, model_path=path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def describe(self) -> dict[str, str]:

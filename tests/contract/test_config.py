@@ -51,7 +51,8 @@ def test_the_primary_config_is_sc_sdpo_on_the_tiny_world_and_validates() -> None
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_validates(preset: str) -> None:
-    config = compose_config([preset])
+    needed = {"teacher=external": ["distill.teacher.path=some/model"]}
+    config = compose_config([preset, *needed.get(preset, [])])
     distill_config(config.distill)
     assert OmegaConf.to_container(config, resolve=True), "every interpolation resolves"
 
@@ -184,6 +185,7 @@ PUBLISHED = {
     "method=sdpo_rich_feedback": {
         "distill.divergence.kind": "reverse_kl",
         "distill.divergence.topk": 20,
+        "distill.divergence.ratio_clip": 2.0,
         "distill.teacher.update_rate": 0.01,
         "distill.context.feedback": True,
         "distill.context.feedback_only_without_solution": True,
@@ -195,6 +197,7 @@ PUBLISHED = {
         "algorithm.rollout_correction.rollout_is": "token",
         "algorithm.rollout_correction.rollout_is_threshold": 2.0,
         "distill.divergence.rollout_correction": True,
+        "distill.divergence.ratio_clip": 2.0,
         "distill.divergence.kind": "jsd",
     },
     "method=sdpo_token": {"distill.carrier": "advantage", "distill.coefficient": 1.0},
@@ -352,12 +355,12 @@ def test_settings_that_do_not_fit_together_are_refused_with_the_key_the_value_an
         ("carrier", "gradient", "loss, advantage"),
         ("advantage_clip", 0.0, "above 0.0"),
         ("poll_interval", 0.0, "above 0.0"),
-        ("teacher.kind", "external", "ema, frozen, live"),
+        ("teacher.kind", "oracle", "ema, frozen, live, synced, trust_region, external"),
         ("teacher.update_rate", 1.1, "from 0.0 to 1.0"),
         ("teacher.on_negative_gap", "panic", "warn, stop, ignore"),
         ("context.demonstration", "last", "shortest"),
         ("context.feedback_template", "x", "{feedback_raw}"),
-        ("divergence.kind", "akl", "jsd"),
+        ("divergence.kind", "hellinger", "jsd, mixed, akl"),
         ("divergence.topk", 1.5, "type int"),
         ("divergence.topk", 0, "from 1"),
         ("divergence.tail", 1, "type bool"),
