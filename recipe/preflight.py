@@ -89,7 +89,7 @@ def check_teacher(config: DictConfig) -> None:
         vocabulary = json.loads((folder / "config.json").read_text()).get("vocab_size")
         if vocabulary is not None and divergence.topk > vocabulary:
             raise ConfigError(
-                f"distill.divergence.topk is {divergence.topk}; allowed: up to the {vocabulary} tokens of the vocabulary"
+                f"distill.divergence.topk is {divergence.topk}; allowed: up to {vocabulary}, the model's vocabulary"
             )
     if config.distill.teacher.kind == "external":
         check_same_vocabulary(

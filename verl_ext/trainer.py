@@ -35,9 +35,11 @@ from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.config import distill_config
 from verl_ext.loss import WEIGHT
 from verl_ext.non_finite import NonFiniteWatch
+from verl_ext.old_log_probs import OldLogProbs, old_log_probs
 from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows, read_rows
 from verl_ext.row_metrics import row_metrics, take_row_statistics
+from verl_ext.row_records import sampled_completions, skipped_rows
 from verl_ext.step_sink import StepSink, Tee
 from verl_ext.teacher_checks import GapAlarm, check_equality
 from verl_ext.validation import validation_metrics
@@ -129,36 +131,8 @@ class DistillTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------------------------------------------ a step
 
     @property
-    def _steps_per_batch(self) -> int:
-        actor = self.config.actor_rollout_ref.actor
-        return max(1, self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
-
-    @property
-    def _correction(self) -> Any:
-        return self.config.algorithm.get("rollout_correction", None) or {}
-
-    @property
-    def _corrects_in_update(self) -> bool:
-        """Whether SDPO's truncated rollout-to-train ratio can be made from the update's own log-probabilities."""
-        correction = self._correction
-        plain = correction.get("rollout_is") == "token" and not correction.get("rollout_is_batch_normalize")
-        return plain and not self.distill.policy_gradient and isinstance(correction.rollout_is_threshold, int | float)
-
-    @property
-    def _reuses_log_probs(self) -> bool:
-        """Whether verl's old-log-prob pass can be left out: the ratio is 1 where a batch is one optimiser step.
-
-        Several optimiser steps need it for their ratio (``ratio_clip``, the policy gradient); a distillation without a
-        ratio never does.
-        """
-        if self.distill.reuse_log_probs != "auto" or self.config.algorithm.use_kl_in_reward:
-            return False
-        if self._correction.get("rollout_rs"):
-            return False
-        if self._steps_per_batch == 1:
-            return not self._correction.get("rollout_is") or self._corrects_in_update
-        ratio = self.distill.policy_gradient or self.distill.divergence.ratio_clip is not None
-        return not ratio and not self._correction.get("rollout_is")
+    def _old_log_probs(self) -> OldLogProbs:
+        return old_log_probs(self.config, self.distill)
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         if not self.distill.enabled:
@@ -304,20 +278,7 @@ class DistillTrainer(PPOTrainerSync):
         data = tq.kv_batch_get(keys=work.keys, partition_id=work.partition_id, select_fields=[MINI_BATCH, ROW_ID])
         number = data[MINI_BATCH].unique().tolist()[index]
         ids = data[ROW_ID][data[MINI_BATCH] == number].tolist()
-        return [self._row_record(rows, plan, i) | {"suspect": i in suspects} for i in ids if i >= 0]
-
-    def _row_record(self, rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
-        messages = plan.contexts_N[i].messages
-        return {
-            "question_id": rows.question_ids[i],
-            "rollout": int(rows.batch.rollout_index[i]),
-            "prompt": rows.batch.raw_prompts[i][-1]["content"],
-            "response": rows.batch.responses[i],
-            "response_ids": rows.data["responses"][i].tolist(),
-            "teacher_context": messages[-1]["content"] if messages else None,
-            "reward": float(rows.rewards[i]),
-            "weight": float(plan.weights_N[i]),
-        }
+        return skipped_rows(rows, plan, [i for i in ids if i >= 0], suspects)
 
     def _meta(self, work: KVBatchMeta, extra_info: dict) -> KVBatchMeta:
         """A meta of its own per call: verl's calls write into it, and a stale one hides newer fields."""
@@ -330,10 +291,11 @@ class DistillTrainer(PPOTrainerSync):
         return output.get() if hasattr(output, "get") and not isinstance(output, TensorDict | dict) else output
 
     def _student_pass(self, work: KVBatchMeta, metrics: dict) -> None:
-        if not self._reuses_log_probs:
+        if self._old_log_probs.own_pass:
             self._compute_old_log_prob(self._meta(work, work.extra_info), metrics)
-            if self._correction.get("rollout_is") or self._correction.get("rollout_rs"):
-                self._rollout_correction(work, self._correction, metrics)
+            correction = self.config.algorithm.get("rollout_correction", None) or {}
+            if correction.get("rollout_is") or correction.get("rollout_rs"):
+                self._rollout_correction(work, correction, metrics)
         elif self.distill.student_pass:
             self._call(
                 self.actor_rollout_wg.compute_log_prob,
@@ -342,13 +304,13 @@ class DistillTrainer(PPOTrainerSync):
             )
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if not self.distill.enabled and self._reuses_log_probs:
+        if not self.distill.enabled and not self._old_log_probs.own_pass:
             return batch
         return super()._compute_old_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Advantages from rewards alone, before any log-probability exists; verl's own where it needs more."""
-        if not self.distill.enabled and not self._reuses_log_probs:
+        if not self.distill.enabled and self._old_log_probs.own_pass:
             return super()._compute_advantage(batch, metrics)
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", "response_mask", "rm_scores"]
@@ -418,11 +380,9 @@ class DistillTrainer(PPOTrainerSync):
         actor = self.config.actor_rollout_ref.actor
         entropy = actor.calculate_entropy or actor.entropy_coeff != 0.0
         blend = self.distill.policy_gradient or actor.use_kl_loss or entropy
-        in_update = self.distill.enabled and self._reuses_log_probs and self._correction.get("rollout_is")
         return {
             **settings,
-            # pi_old is the policy of the update's own forward where a batch is one optimiser step.
-            "rollout_threshold": float(self._correction.rollout_is_threshold) if in_update else None,
+            "rollout_threshold": self._old_log_probs.rollout_threshold,
             # Asking for the entropy keeps flash-attention's cross entropy from overwriting logits we still read.
             "calculate_entropy": entropy or (blend and torch.cuda.is_available()),
             "distillation_use_topk": self.distill.divergence_loss and self.distill.student_inputs == "logits",
@@ -442,7 +402,7 @@ class DistillTrainer(PPOTrainerSync):
             self._non_finite.look(
                 self.global_steps,
                 [metrics["actor/grad_norm"]],
-                lambda index: [self._row_record(rows, plan, i) | {"suspect": False} for i in range(len(real.keys))],
+                lambda index: skipped_rows(rows, plan, list(range(len(real.keys))), set()),
             )
         )
         return meta
@@ -533,16 +493,4 @@ class DistillTrainer(PPOTrainerSync):
         settings = self.distill.samples
         if settings.per_step == 0 or (self.global_steps - 1) % settings.every:
             return
-        rates = plan.pass_rates.rates_P
-        chosen = np.linspace(0, len(rows.meta.keys) - 1, min(settings.per_step, len(rows.meta.keys))).astype(int)
-        self.sink.completions(
-            [
-                {
-                    "step": self.global_steps,
-                    **{key: value for key, value in self._row_record(rows, plan, i).items() if key != "response_ids"},
-                    "pass_rate": float(rates[plan.question_index_N[i]]),
-                    "has_demonstration": plan.demonstrations_N[i] is not None,
-                }
-                for i in chosen.tolist()
-            ]
-        )
+        self.sink.completions(sampled_completions(rows, plan, self.global_steps, settings.per_step))

@@ -37,5 +37,5 @@ def check_same_vocabulary(student: str, teacher: str, *, trust_remote_code: bool
 def _read(loader: Any, key: str, path: str, trust_remote_code: bool) -> Any:
     try:
         return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error}") from error
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ConfigError(f"{key}: {path} cannot be read: {type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ this process (:mod:`verl_ext.row_store`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class DistillTrainingWorker(TrainingWorker):
 
     def __init__(self, config: Any, model_path: str | None = None) -> None:
         if model_path is not None:
-            config.model_config = replace_model(config.model_config, model_path)
+            config = dataclasses.replace(config, model_config=replace_model(config.model_config, model_path))
         super().__init__(config)
         self.updated = False
 

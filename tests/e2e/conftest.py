@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.tiny_world import main as make_tiny_world
 from recipe.cluster import prepare_environment, ray_cluster
-from recipe.compose import compose_config
+from recipe.compose import ROOT, compose_config
 from recipe.train import run
 
 SMALL = ["run.quiet=true", "run.val_every=-1", "run.val_before=false", "data.train_batch_size=6"]
@@ -89,3 +90,48 @@ def records() -> Callable[[Path], list[dict[str, Any]]]:
         return [record for record in map(json.loads, lines) if record["step"] > 0]
 
     return read
+
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+
+
+def _random_model(family: str, folder: Path) -> Path:
+    """A model with the tiny world's tokenizer and random weights."""
+    from transformers import (
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    if family == "qwen3":
+        shape = {**SHAPE, "hidden_size": 48, "head_dim": 16, "tie_word_embeddings": True}
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    elif family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    else:
+        model = Olmo3ForCausalLM(Olmo3Config(**SHAPE, sliding_window=64, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "models" / "tiny_world" / "plain").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[[str, Path], Path]:
+    """Makes a tiny model of a family (llama, olmo3: own head; qwen3: tied) in a folder."""
+    return _random_model

@@ -10,7 +10,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_ext import teacher_checks
 from verl_ext.config import distill_config
-from verl_ext.teacher_checks import GapAlarm, NegativeTeacherGap, check_equality, measure_gap
+from verl_ext.teacher_checks import GapAlarm, NegativeTeacherGap, check_equality
 
 META = KVBatchMeta(keys=["a", "b", "c", "d"], tags=[{}] * 4, partition_id="train")
 
@@ -42,11 +42,9 @@ def test_differing_engines_are_refused_with_the_key_to_look_at(answer, mean):
         check_equality(META, 1e-3)
 
 
-def test_the_gap_is_taken_apart_by_outcome_and_ignores_padding_and_rows_without_context(answer):
-    answer(teacher_gap=torch.tensor([0.5, -2.0, float("nan"), 9.0]), row_id=torch.tensor([2, 0, 1, -1]))
-    metrics = measure_gap(META, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), 0.5)
-    assert metrics["teacher/gap"] == 0.5 and metrics["teacher/gap_wrong"] == -2.0
-    assert set(metrics) == {f"teacher/{name}" for name in ("gap", "gap_mean", "gap_wrong", "gap_wrong_mean")}
+def test_a_difference_of_exactly_the_tolerance_passes(answer):
+    answer(mean=torch.tensor([0.0, 0.5]), largest=torch.tensor([0.0, 3.0]))
+    assert check_equality(META, 0.5)["self_check/divergence_largest"] == 3.0
 
 
 def alarm(action: str) -> GapAlarm:
@@ -70,3 +68,16 @@ def test_only_the_first_step_with_right_answers_is_looked_at():
 
 def test_without_distillation_there_is_nothing_to_look_at():
     assert GapAlarm(distill_config({"coefficient": 0.0})).measured
+
+
+def test_a_gap_of_zero_is_not_negative_and_wrong_answers_are_not_looked_at():
+    gaps = alarm("stop")
+    assert gaps.look({"teacher/gap_wrong": -5.0, "teacher/gap_mean": -5.0}, 1) is None and not gaps.measured
+    assert gaps.look({"teacher/gap": 0.0}, 2) is None and gaps.measured
+
+
+def test_the_message_says_how_large_the_gap_is_and_what_to_do():
+    with pytest.raises(NegativeTeacherGap) as caught:
+        alarm("stop").look({"teacher/gap": -0.25}, 7)
+    for part in ("median gap -0.250", "step 7", "completions.jsonl", "distill.teacher.on_negative_gap=ignore"):
+        assert part in str(caught.value)
