@@ -493,9 +493,13 @@ def measure(
     for number in range(warmup + 1 + repeats):
         order = methods[number % len(methods) :] + methods[: number % len(methods)]
         watched = memory if number == warmup else None
-        rounds.append({method.name: method.step(worker, batches[method.name], watched) for method in order})
-        if methods[0].setup.rank == 0:
-            print(f"{sequence} tokens, repetition {number + 1} of {warmup + 1 + repeats}", file=sys.stderr, flush=True)
+        rounds.append({})
+        for method in order:
+            step = rounds[-1][method.name] = method.step(worker, batches[method.name], watched)
+            if method.setup.rank == 0:
+                seconds = ", ".join(f"{phase} {value:.3f} s" for phase, value in step.seconds.items())
+                label = f"{sequence} tokens, repetition {number + 1} of {warmup + 1 + repeats}"
+                print(f"{label}, {method.name}: {seconds}", file=sys.stderr, flush=True)
     return rounds[warmup + 1 :], rounds[warmup]
 
 

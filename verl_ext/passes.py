@@ -183,7 +183,9 @@ def _teacher_log_probs(
     ids = None
     if settings.support == "given":
         rows = zip(data[ROW_ID].tolist(), where.sizes, strict=True)
-        ids = where.held(torch.cat([_given_ids(row_id, size).to(where.tokens.device) for row_id, size in rows]))
+        known = (state.support_ids.shape[-1] for state in STORE.rows() if state.support_ids is not None)
+        width = next(known, settings.topk)
+        ids = where.held(torch.cat([_given_ids(row_id, size, width, where.tokens.device) for row_id, size in rows]))
     reading: Reading = read(
         source,
         positions=where.positions,
@@ -201,11 +203,11 @@ def _teacher_log_probs(
     }
 
 
-def _given_ids(row_id: int, size: int) -> Tensor:
+def _given_ids(row_id: int, size: int, width: int, device: torch.device) -> Tensor:
+    """A row's support; any ids will do for a padding row."""
     if row_id >= 0:
         return STORE[row_id].support_ids
-    width = next(state.support_ids.shape[-1] for state in STORE.rows() if state.support_ids is not None)
-    return torch.zeros(size, width, dtype=torch.int32)
+    return torch.zeros(size, width, dtype=torch.int32, device=device)
 
 
 def _leave(data: TensorDict, where: Responses, **values: Tensor | None) -> None:

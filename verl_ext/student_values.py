@@ -83,7 +83,7 @@ def student_values(
         teacher_entropy=True,
     )
     log_probs = values.log_prob[:taught]
-    kept_log_probs = _kept(states, "teacher_token_log_probs", own, device)
+    kept_log_probs = _kept(states, "teacher_token_log_probs", own, device, required=teacher is None)
     if teacher is not None:
         divergence = values.divergence[:taught]
     else:
@@ -111,18 +111,25 @@ def student_values(
 def _teacher(states: list[RowState], own: Tensor | None, config: DistillConfig, device: torch.device) -> Teacher:
     if config.teacher_states == "hidden_states":
         head = STORE.teacher_head
-        hidden = _kept(states, "teacher_hidden", own, device)
+        hidden = _kept(states, "teacher_hidden", own, device, required=True)
         return Head(head.new_empty(0, head.shape[-1]) if hidden is None else hidden, head)
-    ids, log_probs = _kept(states, "support_ids", own, device), _kept(states, "teacher_log_probs", own, device)
+    ids = _kept(states, "support_ids", own, device, required=True)
+    log_probs = _kept(states, "teacher_log_probs", own, device, required=True)
     if ids is None:
         width = config.divergence.topk
         ids, log_probs = torch.empty(0, width, dtype=torch.int32), torch.empty(0, width)
     return OnSupport(ids.to(device), log_probs.to(device))
 
 
-def _kept(states: list[RowState], name: str, own: Tensor | None, device: torch.device) -> Tensor | None:
-    rows = [value for state in states if (value := getattr(state, name)) is not None]
-    if not rows:
+def _kept(
+    states: list[RowState], name: str, own: Tensor | None, device: torch.device, *, required: bool = False
+) -> Tensor | None:
+    """What the passes left of these rows, in their order; None where there are no rows, or it was not asked for."""
+    rows = [getattr(state, name) for state in states]
+    missing = sum(row is None for row in rows)
+    if missing and (required or missing < len(rows)):
+        raise KeyError(f"{missing} of {len(rows)} distilled rows have no {name}: no teacher pass saw them on this rank")
+    if missing == len(rows):
         return None
     values = torch.cat(rows).to(device)
     return values if own is None else values[own]
@@ -149,4 +156,5 @@ class Discrepancy(ForwardPass):
             if use and row.numel():
                 self.total += float(row.sum())
                 self.tokens += row.numel()
-                self.largest = max(self.largest, float(row.abs().max()))
+                # The new one first: max keeps its first argument where the other is NaN.
+                self.largest = max(float(row.abs().max()), self.largest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -70,9 +69,7 @@ def test_a_blend_from_hidden_states_with_the_support_of_a_synced_teacher(runs, r
 
 def test_steps_that_are_not_finite_are_skipped_written_out_and_end_the_run(runs, recorded, tmp_path):
     output = runs.folder / "diverged"
-    with pytest.raises(
-        NonFiniteSteps, match=r"in 2 optimiser steps in a row, up to step 3.*rows with a non-finite loss"
-    ):
+    with pytest.raises(NonFiniteSteps, match=r"in 2 optimiser steps in a row.*rows with a non-finite loss") as caught:
         runs(
             "diverged",
             "method=sdpo",
@@ -82,7 +79,9 @@ def test_steps_that_are_not_finite_are_skipped_written_out_and_end_the_run(runs,
             steps=4,
         )
     rows = [json.loads(line) for line in (output / "non_finite.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows} == {2, 3}
+    first, last = sorted({row["step"] for row in rows})
+    assert last == first + 1 and f"up to step {last}" in str(caught.value)
     assert all(row["question_id"] and row["response_ids"] for row in rows) and any(row["suspect"] for row in rows)
-    steps = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    assert [step["update/skipped_non_finite"] for step in steps if step["step"] > 0] == [0.0, 1.0]
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    skipped = {step["step"]: step["update/skipped_non_finite"] for step in steps if step["step"] > 0}
+    assert skipped == {step: float(step == first) for step in range(1, last)}
