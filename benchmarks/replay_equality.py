@@ -75,12 +75,30 @@ VARIANTS = [
     ),
     Variant("packed", ["method=sdpo", "actor_rollout_ref.model.use_remove_padding=true"]),
     Variant("two_ranks", ["method=sdpo", "trainer.n_gpus_per_node=2"]),
+    Variant("support_from_a_student_pass", ["method=sdpo", "distill.teacher.states=log_probs"]),
+    Variant("from_hidden_states", ["method=sdpo", "distill.divergence.inputs=hidden_states"]),
+    Variant("full", ["method=sdpo", "divergence=jsd_full"], like="full", exact=True),
+    Variant(
+        "full_two_ranks_packed",
+        ["method=sdpo", "divergence=jsd_full", "trainer.n_gpus_per_node=2"]
+        + ["actor_rollout_ref.model.use_remove_padding=true"],
+        like="full",
+    ),
+    Variant("faithful", ["method=sdpo_faithful"], like="faithful", exact=True),
+    Variant(
+        "faithful_with_verls_old_log_probs",
+        ["method=sdpo_faithful", "distill.reuse_log_probs=never"],
+        like="faithful",
+    ),
     Variant("sc_sdpo", ["method=sc_sdpo"], like="sc_sdpo", exact=True),
     Variant("grpo", ["method=grpo"], like="grpo", exact=True),
     Variant("grpo_with_verls_old_log_probs", ["method=grpo", "distill.reuse_log_probs=never"], like="grpo"),
     Variant("sc_sdpo_all_rows", ["method=sc_sdpo", "distill.compaction.enable=false"], like="sc_sdpo"),
-    Variant("sc_sdpo_two_ranks_packed", ["method=sc_sdpo", "trainer.n_gpus_per_node=2",
-                                         "actor_rollout_ref.model.use_remove_padding=true"], like="sc_sdpo"),
+    Variant(
+        "sc_sdpo_two_ranks_packed",
+        ["method=sc_sdpo", "trainer.n_gpus_per_node=2", "actor_rollout_ref.model.use_remove_padding=true"],
+        like="sc_sdpo",
+    ),
 ]
 
 
@@ -137,9 +155,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def _compare(out: Path, variant: Variant) -> dict[str, Any]:
     mine, reference = _records(out / variant.name), _records(out / variant.like)
     loss, norm = "distill/loss" if "distill/loss" in reference[0] else "loss", "actor/grad_norm"
-    worst = max(
-        abs(mine[0][key] - reference[0][key]) / max(abs(reference[0][key]), 1e-12) for key in (loss, norm)
-    )
+    worst = max(abs(mine[0][key] - reference[0][key]) / max(abs(reference[0][key]), 1e-12) for key in (loss, norm))
     prints = [
         [{key: value for key, value in record.items() if key.startswith("fingerprint/")} for record in records]
         for records in (mine, reference)

@@ -1,8 +1,8 @@
 """What does the training part of a step cost at a model's real dimensions, beside GRPO with a reference KL?
 
-    python benchmarks/update_step.py [--shape qwen3_1_7b] [--layers N] [--sequence-tokens 2048 10240] [--rows 8]
-        [--teacher-prompt-factor 5] [--repeats 5] [--warmup 2] [--dtype bf16] [--master-dtype fp32] [--peak-tflops N]
-        [--out FILE] [key=value ...]
+    python benchmarks/update_step.py [key=value ...] [--shape qwen3_1_7b] [--layers N] [--sequence-tokens 2048 10240]
+        [--rows 8] [--methods sdpo ...] [--teacher-prompt-factor 5] [--repeats 5] [--warmup 2] [--dtype bf16]
+        [--master-dtype fp32] [--peak-tflops N] [--out FILE]
     torchrun --nproc-per-node 8 benchmarks/update_step.py ...
 
 One student, its optimiser and one second copy of the model, in verl's FSDP engines with the settings of a run, without
@@ -585,7 +585,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny", help="dimensions of the model")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--sequence-tokens", type=int, nargs="+", default=[2048], help="prompt and response")
+    parser.add_argument("--sequence-tokens", type=int, nargs="+", help="prompt and response (2048; 256 for tiny)")
     parser.add_argument("--prompt-share", type=float, default=0.2, help="of these tokens")
     parser.add_argument("--teacher-prompt-factor", type=float, default=5.0, help="times the prompt's length")
     parser.add_argument("--rows", type=int, default=8, help="of each rank")
@@ -593,6 +593,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=2, help="repetitions before, at least 1")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the computation (default: bf16 on CUDA)")
     parser.add_argument("--master-dtype", choices=["bf16", "fp32"], default="fp32", help="of the student's weights")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help=f"with {BASELINE}")
     parser.add_argument("--peak-tflops", type=float, help="of one card (default: by its name)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("overrides", nargs="*", help="as of recipe.train, for all methods")
@@ -600,7 +601,10 @@ def main() -> int:
     for name in ("rows", "repeats", "warmup"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if min(arguments.sequence_tokens) < 2:
+    sequences = arguments.sequence_tokens or [256 if arguments.shape == "tiny" else 2048]
+    if set(arguments.methods) <= {BASELINE}:
+        parser.error(f"--methods needs one beside {BASELINE}")
+    if min(sequences) < 2:
         parser.error("--sequence-tokens must be at least 2")
     if not 0 < arguments.prompt_share < 1 or arguments.teacher_prompt_factor <= 0:
         parser.error("--prompt-share must be between 0 and 1, --teacher-prompt-factor above 0")
@@ -628,16 +632,19 @@ def main() -> int:
         peak_tflops = PEAK_TFLOPS.get(machine)
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), setup.shape)
-        configs = {name: setup.config(name, Path(folder), max(arguments.sequence_tokens)) for name in METHODS}
+        names = list(dict.fromkeys([BASELINE, *arguments.methods]))
+        configs = {name: setup.config(name, Path(folder), max(sequences)) for name in names}
         import verl  # noqa: F401  loads our plugin
 
         from verl_ext.standalone import StandaloneWorker
 
-        worker = StandaloneWorker(configs["sdpo"])
+        # Built for one that has a teacher; a method sets what differs.
+        first = next(config for config in configs.values() if config.distill.coefficient > 0)
+        worker = StandaloneWorker(first)
         with random_weights(Path(folder), device):
             worker.init_model()
         methods = [Method(name, setup, config) for name, config in configs.items()]
-        model = configs["sdpo"].actor_rollout_ref.model
+        model = first.actor_rollout_ref.model
         result = {
             "date": date.today().isoformat(),
             "machine": machine,
@@ -658,7 +665,7 @@ def main() -> int:
             "overrides": arguments.overrides,
             "lengths": [],
         }
-        for sequence in arguments.sequence_tokens:
+        for sequence in sequences:
             timed, watched = measure(methods, worker, sequence, arguments.repeats, arguments.warmup)
             result["lengths"].append(summarize(methods, sequence, timed, watched, peak_tflops))
             if rank == 0:

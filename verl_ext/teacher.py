@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 
+PIECE = 1 << 24
+"""Elements of a shard worked on at once, where a copy is needed."""
+
+
 def local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of every parameter, by its original name (a view, no copy)."""
     shards = {}
@@ -55,7 +59,10 @@ def squared_distance(teacher: dict[str, torch.Tensor], student: dict[str, torch.
     """Squared norm of teacher minus student over this rank's shards."""
     total = 0.0
     for name, tensor in teacher.items():
-        total += float((tensor - student[name].to(device=tensor.device, dtype=torch.float32)).square().sum())
+        # In pieces: the difference of a whole embedding would need its memory again.
+        pieces = zip(tensor.flatten().split(PIECE), student[name].flatten().split(PIECE), strict=True)
+        for piece, other in pieces:
+            total += float((piece.float() - other.to(device=piece.device, dtype=torch.float32)).square().sum())
     return total
 
 

@@ -256,10 +256,13 @@ class DistillWorker(ActorRolloutRefWorker):
         """
         responses = list(data["responses"].unbind())
         rows = [(prompts[i], responses[i], int(data[ROW_ID][i])) for i in chosen.tolist()]
-        count = torch.tensor(len(rows), device=prompts[0].device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        longest = max((len(prompt) + len(response) for prompt, response, _ in rows), default=2)
+        # verl compares the longest row of all ranks with each rank's budget: they must agree on both.
+        agreed = torch.tensor([len(rows), longest], device=prompts[0].device)
+        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+        most, longest = agreed.tolist()
         filler = (responses[0][:1], responses[0][:1], -1)
-        rows += [filler] * (max(int(count), 1) - len(rows))
+        rows += [filler] * (max(most, 1) - len(rows))
         inputs = [torch.cat([prompt, response]) for prompt, response, _ in rows]
         batch = tu.get_tensordict(
             {
@@ -274,7 +277,7 @@ class DistillWorker(ActorRolloutRefWorker):
         # verl renames the key while it builds a reference model; a live teacher has none.
         ref = self.config.ref
         limit = ref.get("ppo_max_token_len_per_gpu") or ref.get("log_prob_max_token_len_per_gpu") or 0
-        budget = max(int(limit), max(len(row) for row in inputs))
+        budget = max(int(limit), longest)
         tu.assign_non_tensor(
             batch,
             temperature=tu.get(data, "temperature"),

@@ -274,8 +274,6 @@ def laid_out() -> list[Case]:
         for model in ("tied", "untied") if one_rank else (("tied", "untied")[number % 2],):
             chosen = ON_LAYOUTS[:: 2 if layout in ("packed", "small") else 1]
             for name in chosen:
-                if name == "jsd_student_kept" and [-1] * 4 in LAYOUTS[layout].deal:
-                    continue  # ALONE has it
                 distill, temperature = MEASURES[name]
                 cases.append(
                     Case(
@@ -331,6 +329,13 @@ def others() -> list[Case]:
         Case("nothing taught hidden", layout="small", deal=[[1, 4]], distill=MEASURES["jsd_full"][0]),
         Case("nothing taught kept", layout="small", deal=[[1, 4]], distill=MEASURES["jsd_student_kept"][0]),
         Case("nothing taught sampled", layout="small", deal=[[1, 4]], distill=MEASURES["sampled"][0]),
+        Case(
+            "teacher rows longer than the token budget on one rank only",
+            layout="2_uneven",
+            deal=[[2, 0, 5], [1, 3, 4, 6, 7]],
+            build=["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=16"],
+            like="tied jsd_student",
+        ),
     ]
     for layout in EVEN.values():
         suffix = "" if layout == "plain" else f" {layout}"
@@ -403,24 +408,6 @@ def others() -> list[Case]:
 
 CASES = {case.name: case for case in (*measured(), *laid_out(), *taught(), *others())}
 
-
-ALONE = [
-    Case(
-        "a rank of padding rows only",
-        layout="2_uneven",
-        deal=[ALL, [-1, -1]],
-        distill=["teacher.states=log_probs"],
-        like="tied jsd_student_kept",
-    ),
-    Case(
-        "teacher rows longer than the token budget on one rank only",
-        layout="2_uneven",
-        deal=[[2, 0, 5], [1, 3, 4, 6, 7]],
-        build=["actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=16"],
-        like="tied jsd_student",
-    ),
-]
-"""In processes of their own."""
 
 # ---------------------------------------------------------------------------------------------------------- the oracle
 
@@ -853,12 +840,13 @@ def check(step: dict[str, Any], expected: list[Expected], case: Case, rtol: floa
         assert case.method == "sdpo_token"
 
 
-def check_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 2e-5) -> None:
-    """One case on another layout."""
+def check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """One case on another layout, up to float32's rounding, of which a sum of two teachers has more."""
+    first = 5e-5 if "trust_region" in found["name"] else 2e-5
     assert len(found["steps"]) == len(wanted["steps"])
     for number, (step, other) in enumerate(zip(found["steps"], wanted["steps"], strict=True)):
         # A second step starts from weights that differ by rounding already.
-        rtol = max(rtol, 1e-4) if number else rtol
+        rtol = 3e-4 if number else first
         metrics, others = step["metrics"], other["metrics"]
         for key in ("loss", "grad_norm", "distill/loss", "actor/pg_loss", "actor/entropy_loss"):
             assert (key in metrics) == (key in others)
@@ -894,12 +882,6 @@ def test_one_rank_has_the_loss_and_gradient_of_the_textbook(name, results, textb
 @pytest.mark.parametrize("name", [case.name for case in laid_out()])
 def test_micro_batches_packing_and_ranks_change_nothing(name, results):
     check_same(results[name], results[CASES[name].like])
-
-
-@pytest.mark.parametrize("case", ALONE, ids=lambda case: case.name)
-def test_ranks_with_other_rows_than_the_rest_change_nothing(case, results, models, textbook_of, tmp_path):
-    found = spawn(tmp_path, [case], [[case.world]], models, textbook_of.rows)
-    check_same(found[case.name], results[case.like])
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES.values() if case.like and case not in laid_out()])
