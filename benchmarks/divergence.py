@@ -26,7 +26,7 @@ Kept: bytes a token that autograd and our ``grad_fn.task`` hold between the pass
 
 Errors: largest difference of a value, and of a gradient relative to the largest one, to the dense float32 form.
 
-``--sweep`` tries the rows of a chunk instead (``ROW_ELEMENTS`` in verl_ext/chunks.py).
+``--sweep`` tries the rows of a chunk instead (``WORK_BYTES`` in verl_ext/chunks.py).
 """
 
 from __future__ import annotations

@@ -70,14 +70,14 @@ class Times:
 
     def __init__(self, steps: int) -> None:
         self.total = steps
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One step."""
         if "timing_s/step" not in values:
             return
         seconds = {phase: sum(values.get(f"timing_s/{key}", 0.0) for key in keys) for phase, keys in PHASES.items()}
-        self.steps.append(seconds | {"rows": values.get("compaction/rows_forwarded", float("nan"))})
+        self.steps.append(seconds | {"rows": values.get("compaction/rows_forwarded")})
         if step % len(MODES) == 0:
             print(f"step {step} of {self.total}", file=sys.stderr, flush=True)
 
@@ -111,8 +111,10 @@ def measure(cycles: int, overrides: list[str]) -> Times:
             f"run.output_dir={folder}", "actor_rollout_ref.actor.optim.lr=0", "trainer.experiment_name=replay",
             "skip.rollout_tq.enable=true", "skip.rollout_tq.action=repeat", f"skip.rollout_tq.dump_dir={folder}",
             f"skip.rollout_tq.steps={list(range(1, steps + 1))}".replace(" ", ""),
-            "actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_coef=0.001", *overrides,
+            "actor_rollout_ref.actor.kl_loss_coef=0.001", *overrides,
         ])  # fmt: skip
+        # A run may not have both, because the teacher stands in the reference policy's place: here they take turns.
+        config.actor_rollout_ref.actor.use_kl_loss = True
         prepare_environment(config.run.platform)
         times = Times(steps)
         with ray_cluster(config):

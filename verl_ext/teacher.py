@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-
 PIECE = 1 << 24
 """Elements of a shard worked on at once, where a copy is needed."""
 
