@@ -140,26 +140,42 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
             f"actor_rollout_ref.rollout.n is {n}; allowed: at least 2 with context=sibling, because a row's "
             "demonstration is another rollout of its group"
         )
-    if actor.ulysses_sequence_parallel_size > 1:
-        raise ConfigError(
-            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size is {actor.ulysses_sequence_parallel_size}; "
-            "allowed: 1 with distillation (the support is kept per whole row)"
-        )
+    _check_sequence_parallel(config)
     if actor.ppo_epochs != 1:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs is {actor.ppo_epochs}; allowed: 1 with distillation")
     if model.use_fused_kernels:
         raise ConfigError("actor_rollout_ref.model.use_fused_kernels is true; allowed: false (logits are needed)")
     needs_reference = actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    if needs_reference and method.teacher.kind != "live":
+    if needs_reference and method.teacher.kind not in ("live", "frozen", "trust_region"):
         raise ConfigError(
-            f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, because the "
-            "teacher stands in the reference policy's place"
+            f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, frozen, "
+            "trust_region, because the teacher's copy stands in the reference policy's place"
         )
     dtype = config.actor_rollout_ref.ref.fsdp_config.model_dtype
-    if dtype != "fp32" and method.teacher.kind == "ema":
+    if dtype != "fp32" and method.teacher.moves:
         raise ConfigError(
             f"actor_rollout_ref.ref.fsdp_config.model_dtype is {dtype!r}; "
-            "allowed: fp32 with an EMA teacher (bf16 does not follow slow averages)"
+            "allowed: fp32 with a teacher that follows the student (bf16 does not follow slow averages)"
+        )
+
+
+def _check_sequence_parallel(config: DictConfig) -> None:
+    rollout_model = config.actor_rollout_ref
+    size = rollout_model.actor.ulysses_sequence_parallel_size
+    if size == 1:
+        return
+    attention = rollout_model.model.override_config.get("attn_implementation")
+    if attention != "flash_attention_2" or not rollout_model.model.use_remove_padding:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size is {size}; allowed: 1, or with "
+            "attn_implementation=flash_attention_2 and use_remove_padding=true (found "
+            f"{attention}, {rollout_model.model.use_remove_padding})"
+        )
+    teacher = rollout_model.ref.ulysses_sequence_parallel_size
+    if teacher != size:
+        raise ConfigError(
+            f"actor_rollout_ref.ref.ulysses_sequence_parallel_size is {teacher}; allowed: the student's {size}, because "
+            "both must have their rows on the same ranks"
         )
 
 

@@ -316,11 +316,20 @@ def composed() -> DictConfig:
         ({"actor_rollout_ref.rollout.n": 1}, ["actor_rollout_ref.rollout.n is 1", "at least 2"]),
         (
             {"actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
-            ["ulysses_sequence_parallel_size is 2", "allowed: 1"],
+            ["ulysses_sequence_parallel_size is 2", "allowed: 1, or with attn_implementation=flash_attention_2"],
+        ),
+        (
+            {
+                "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2,
+                "actor_rollout_ref.ref.ulysses_sequence_parallel_size": 1,
+                "actor_rollout_ref.model.use_remove_padding": True,
+                "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2",
+            },
+            ["ref.ulysses_sequence_parallel_size is 1", "the student's 2"],
         ),
         ({"actor_rollout_ref.actor.ppo_epochs": 2}, ["ppo_epochs is 2", "allowed: 1"]),
         ({"actor_rollout_ref.model.use_fused_kernels": True}, ["use_fused_kernels", "logits"]),
-        ({"actor_rollout_ref.actor.use_kl_loss": True}, ["distill.teacher.kind is 'ema'", "KL", "live"]),
+        ({"actor_rollout_ref.actor.use_kl_loss": True}, ["distill.teacher.kind is 'ema'", "KL", "live, frozen"]),
         (
             {"algorithm.use_kl_in_reward": True, "distill.teacher.kind": "frozen"},
             ["distill.teacher.kind is 'frozen'", "KL"],
