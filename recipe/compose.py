@@ -146,10 +146,10 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
     if model.use_fused_kernels:
         raise ConfigError("actor_rollout_ref.model.use_fused_kernels is true; allowed: false (logits are needed)")
     needs_reference = actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    if needs_reference and method.teacher.kind not in ("live", "frozen", "trust_region"):
+    if needs_reference and method.teacher.kind != "live":
         raise ConfigError(
-            f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, frozen, "
-            "trust_region, because the teacher's copy stands in the reference policy's place"
+            f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, because the "
+            "teacher stands in the reference policy's place"
         )
     dtype = config.actor_rollout_ref.ref.fsdp_config.model_dtype
     if dtype != "fp32" and method.teacher.moves:
@@ -174,8 +174,8 @@ def _check_sequence_parallel(config: DictConfig) -> None:
     teacher = rollout_model.ref.ulysses_sequence_parallel_size
     if teacher != size:
         raise ConfigError(
-            f"actor_rollout_ref.ref.ulysses_sequence_parallel_size is {teacher}; allowed: the student's {size}, because "
-            "both must have their rows on the same ranks"
+            f"actor_rollout_ref.ref.ulysses_sequence_parallel_size is {teacher}; allowed: the student's {size}, "
+            "because both must have their rows on the same ranks"
         )
 
 

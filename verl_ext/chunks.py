@@ -75,15 +75,6 @@ class OnSupport:
 Teacher = Head | Logits | OnSupport
 
 
-def concatenated(parts: list[Head], shares: list[float]) -> Head:
-    """The teacher whose logits are the sum of ``share * logits``: a head over concatenated hidden states.
-
-    With shares (1 - tau, tau) of a frozen copy and the student this is SDPO's trust-region teacher.
-    """
-    hidden = torch.cat([part.hidden * share for part, share in zip(parts, shares, strict=True)], dim=-1)
-    return Head(hidden, torch.cat([part.weight.to(hidden.dtype) for part in parts], dim=-1))
-
-
 @dataclass(frozen=True)
 class Rows:
     """Which rows of a source are read, and in which pieces.

@@ -9,7 +9,7 @@ import torch
 from tensordict import NonTensorData, TensorDict
 
 from verl_ext import chunks
-from verl_ext.chunks import Head, Logits, concatenated
+from verl_ext.chunks import Head, Logits
 from verl_ext.divergence import student_topk, support_log_probs
 from verl_ext.packing import lengths, response_positions, to_jagged
 from verl_ext.passes import ROW_ID, StudentPass, TeacherPass, rollout_temperature, settle_mixed_teacher
@@ -26,6 +26,12 @@ def empty_store():
     STORE.clear()
     yield
     STORE.clear()
+
+
+def concatenated(parts: list[Head], shares: list[float]) -> Head:
+    """A head over hidden states side by side: its logits are the sum of ``share * logits`` (SDPO's trust region)."""
+    hidden = torch.cat([part.hidden * share for part, share in zip(parts, shares, strict=True)], dim=-1)
+    return Head(hidden, torch.cat([part.weight for part in parts], dim=-1))
 
 
 def make_batch(

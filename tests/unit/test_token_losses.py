@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_ext import chunks
-from verl_ext.chunks import Head, Logits, OnSupport, concatenated
+from verl_ext.chunks import Head, Logits, OnSupport
 from verl_ext.divergence import full_divergence, linear_divergence, topk_divergence
 from verl_ext.divergence_kinds import DIVERGENCES, divergence_of, register_divergence
 from verl_ext.token_losses import Measure, token_losses
@@ -342,6 +342,12 @@ def test_clip_limits_every_entry_or_the_position(kind, support, tail, level):
     found = token_losses(student, measure=measure, teacher=other, row_chunk=2).divergence
     assert_same([found], [cut])
     assert_same(weighted_gradients(found, [student]), weighted_gradients(cut, [student]))
+
+
+def concatenated(parts, shares):
+    """A head over hidden states side by side: its logits are the sum of ``share * logits`` (SDPO's trust region)."""
+    hidden = torch.cat([part.hidden * share for part, share in zip(parts, shares, strict=True)], dim=-1)
+    return Head(hidden, torch.cat([part.weight for part in parts], dim=-1))
 
 
 def test_teacher_of_concatenated_heads_is_the_normalised_geometric_mean():
