@@ -47,7 +47,7 @@ def row_metrics(
     other statistics are means over the distilled rows. ``by_pass_rate/<statistic>/<bin>`` are means within a bin.
 
     Args:
-        rows: columns by name, one entry per distilled row; ``id`` indexes the two others.
+        rows: columns by name, one entry per distilled row, ``gap`` at least; ``id`` indexes the two others.
         right_N: whether the answer is right, by row id.
         pass_rates_N: pass rate of the row's question, by row id.
         on_support: whether there are masses of a support.
@@ -61,7 +61,7 @@ def row_metrics(
         if chosen.any():
             metrics[f"teacher/{name}"] = float(np.median(rows["gap"][chosen]))
             metrics[f"teacher/{name}_mean"] = float(rows["gap"][chosen].mean())
-    names = [name for name in MEANS if on_support or not name.endswith("_mass")]
+    names = [name for name in MEANS if name in rows and (on_support or not name.endswith("_mass"))]
     for name in names:
         metrics[MEANS[name]] = float(rows[name].mean())
     low = -1.0

@@ -231,7 +231,7 @@ class DistillTrainer(PPOTrainerSync):
             metrics.update(self._self_check)
             self._self_check = {}
             if self.distill.carrier == "advantage":
-                self._teacher_advantage(work, metrics)
+                metrics.update(self._row_metrics(rows, plan, self._teacher_advantage(work, metrics)))
         if self.use_reference_policy:
             with marked_timer("ref", timing_raw):
                 self._compute_ref_log_prob(self._meta(work, settings), metrics)
@@ -252,15 +252,7 @@ class DistillTrainer(PPOTrainerSync):
         metrics.update(reduce_metrics(values))
         if self.distill.divergence_loss:
             metrics["distill/loss"] = metrics.pop("actor/distill/loss")
-            on_support = not self.distill.one_token and self.distill.divergence.support != "full"
-            metrics.update(
-                row_metrics(
-                    statistics,
-                    right_N=(rows.rewards >= self.distill.context.success_threshold).tolist(),
-                    pass_rates_N=plan.pass_rates.rates_P[plan.question_index_N].tolist(),
-                    on_support=on_support,
-                )
-            )
+            metrics.update(self._row_metrics(rows, plan, statistics))
         warning = self._gap_alarm.look(metrics, self.global_steps)
         if warning:
             self.sink.warning(warning)
@@ -270,6 +262,14 @@ class DistillTrainer(PPOTrainerSync):
             self._non_finite.look(
                 self.global_steps, grad_norms, lambda index: self._rows_of_mini_batch(rows, plan, work, index, suspects)
             )
+        )
+
+    def _row_metrics(self, rows: RolloutRows, plan: BatchPlan, statistics: dict[str, np.ndarray]) -> dict[str, float]:
+        return row_metrics(
+            statistics,
+            right_N=(rows.rewards >= self.distill.context.success_threshold).tolist(),
+            pass_rates_N=plan.pass_rates.rates_P[plan.question_index_N].tolist(),
+            on_support=not self.distill.one_token and self.distill.divergence.support != "full",
         )
 
     def _rows_of_mini_batch(
@@ -354,12 +354,16 @@ class DistillTrainer(PPOTrainerSync):
             keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
         )
 
-    def _teacher_advantage(self, work: KVBatchMeta, metrics: dict) -> None:
-        """Replaces the advantages of the rows in work by (1 - lambda) A + lambda w_q (log pi_T - log pi_S)."""
+    def _teacher_advantage(self, work: KVBatchMeta, metrics: dict) -> dict[str, np.ndarray]:
+        """Replaces the advantages of the rows in work by (1 - lambda) A + lambda w_q (log pi_T - log pi_S).
+
+        Returns:
+            the teacher's gap on the distilled rows, as :func:`verl_ext.row_metrics.row_metrics` takes it.
+        """
         data = tq.kv_batch_get(
             keys=work.keys,
             partition_id=work.partition_id,
-            select_fields=["teacher_log_ratio", "response_mask", "advantages", WEIGHT],
+            select_fields=["teacher_log_ratio", "response_mask", "advantages", WEIGHT, ROW_ID],
         )
         mask, share = data["response_mask"], self.distill.coefficient
         batch = data.to_padded_tensor()
@@ -375,6 +379,9 @@ class DistillTrainer(PPOTrainerSync):
         tq.kv_batch_put(
             keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
         )
+        taught = (batch[WEIGHT] != 0) & (batch[ROW_ID] >= 0)
+        gaps = (ratio * batch["response_mask"]).sum(1) / batch["response_mask"].sum(1).clamp(min=1)
+        return {"id": batch[ROW_ID][taught].numpy(), "gap": gaps[taught].double().numpy()}
 
     def _update_settings(self, settings: dict) -> dict:
         actor = self.config.actor_rollout_ref.actor

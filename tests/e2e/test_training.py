@@ -26,7 +26,14 @@ def first_step(records: list[dict[str, Any]]) -> tuple[float, float]:
 def test_a_run_leaves_what_its_user_expects(recorded, records):
     summary, output = recorded
     assert set(summary) == {
-        "method", "steps", "metric", "before", "after", "seconds_to_first_step", "seconds_per_step", "report",
+        "method",
+        "steps",
+        "metric",
+        "before",
+        "after",
+        "seconds_to_first_step",
+        "seconds_per_step",
+        "report",
     }
     assert summary["method"] == "sdpo" and summary["steps"] == 4 and 0 < summary["before"] < 1
     assert Path(summary["report"]).stat().st_size > 10_000
@@ -46,9 +53,7 @@ def test_teacher_and_student_agree_before_the_first_step(recorded, records):
 
 
 def test_kernel_exponents_of_zero_are_sdpo_bit_for_bit(runs, recorded, records):
-    _, output = runs(
-        "zero", "method=sc_sdpo", "distill.weighting.alpha=0", "distill.weighting.beta=0", steps=3
-    )
+    _, output = runs("zero", "method=sc_sdpo", "distill.weighting.alpha=0", "distill.weighting.beta=0", steps=3)
     mine, reference = records(output), records(recorded[1])[:3]
     assert [r["distill/loss"] for r in mine] == [r["distill/loss"] for r in reference]
     assert [r["weight/mean"] for r in mine] == [1.0] * 3
@@ -94,3 +99,6 @@ def test_the_token_advantage_form_runs_through_the_policy_loss(runs, recorded, r
     _, output = runs("token", "method=sdpo_token", steps=1)
     record = records(output)[0]
     assert record["distill/advantage_absolute"] > 0 and record["actor/grad_norm"] > 0 and "distill/loss" not in record
+    # Before the first update, on the same rollouts: the gap that the recorded run read in its update.
+    reference = records(recorded[1])[0]
+    assert record["teacher/gap"] == pytest.approx(reference["teacher/gap"], rel=1e-4, abs=1e-6)
