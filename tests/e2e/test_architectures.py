@@ -11,8 +11,11 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("olmo3", ["method=sc_sdpo"]), ("llama", ["method=sdpo_grpo", "teacher=live"])],
-    ids=["olmo3 with sc_sdpo", "llama with a blend and a live teacher"],
+    [
+        ("olmo3", ["method=sc_sdpo"]),
+        ("llama", ["method=sdpo_grpo", "teacher=live", "distill.divergence.inputs=hidden_states"]),
+    ],
+    ids=["olmo3 with sc_sdpo", "llama with a blend from hidden states and a live teacher"],
 )
 def test_other_families_train(family, overrides, runs, recorded, records, tmp_path, random_model):
     # Replayed rollouts: a random model is right by chance only, and a step without a success trains nothing.

@@ -55,23 +55,6 @@ def test_an_external_teacher_of_another_width_with_several_updates_a_step(
     assert record["teacher/entropy"] > math.log(32)
 
 
-def test_a_blend_from_hidden_states_with_a_synced_teacher(runs, recorded, records):
-    _, output = runs(
-        "synced",
-        "method=sdpo_grpo",
-        "teacher=synced",
-        "distill.teacher.sync_every=2",
-        "distill.divergence.inputs=hidden_states",
-        steps=2,
-    )
-    first, second = records(output)
-    # Nothing has moved before the first update: the recorded run's distillation term, beside a policy loss.
-    assert first["distill/loss"] == pytest.approx(records(recorded[1])[0]["distill/loss"], rel=2e-5)
-    assert "actor/pg_loss" in first and second["actor/grad_norm"] > 0
-    assert [record["teacher/moved"] for record in (first, second)] == [0.0, 1.0]
-    assert second["teacher/distance"] == 0, "measured after the copy"
-
-
 def test_steps_that_are_not_finite_are_skipped_written_out_and_end_the_run(runs, recorded, tmp_path):
     output = runs.folder / "diverged"
     with pytest.raises(NonFiniteSteps, match=r"in 2 optimiser steps in a row.*rows with a non-finite loss") as caught:

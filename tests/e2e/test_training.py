@@ -95,10 +95,12 @@ def test_grpo_has_no_teacher_and_no_distillation(runs, recorded, records):
         assert 0 <= record["rows/train_share"] <= 1
 
 
-def test_the_token_advantage_form_runs_through_the_policy_loss(runs, recorded, records):
-    _, output = runs("token", "method=sdpo_token", steps=1)
-    record = records(output)[0]
+def test_the_token_advantage_form_runs_through_the_policy_loss_with_a_synced_teacher(runs, recorded, records):
+    _, output = runs("token", "method=sdpo_token", "teacher=synced", "distill.teacher.sync_every=2", steps=2)
+    record, second = records(output)
     assert record["distill/advantage_absolute"] > 0 and record["actor/grad_norm"] > 0 and "distill/loss" not in record
     # Before the first update, on the same rollouts: the gap that the recorded run read in its update.
     reference = records(recorded[1])[0]
     assert record["teacher/gap"] == pytest.approx(reference["teacher/gap"], rel=1e-4, abs=1e-6)
+    assert (record["teacher/moved"], second["teacher/moved"]) == (0.0, 1.0)
+    assert second["teacher/distance"] == 0, "measured after the copy"

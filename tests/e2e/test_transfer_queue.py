@@ -64,9 +64,7 @@ def test_a_field_that_does_not_exist_is_left_out_without_an_error(stored: KVBatc
 
 def test_a_meta_lists_the_fields_of_its_time_and_drops_extra_info(stored: KVBatchMeta) -> None:
     stored.extra_info["temperature"] = 1.0
-    later = tq.kv_batch_put(
-        keys=KEYS, partition_id="train", fields=TensorDict({"later": torch.zeros(3)}, batch_size=3)
-    )
+    later = tq.kv_batch_put(keys=KEYS, partition_id="train", fields=TensorDict({"later": torch.zeros(3)}, batch_size=3))
     assert "later" in later.fields and "later" not in stored.fields
     assert not later.extra_info
     assert set(stored.fields) >= {"responses", "weight", "uid"}
