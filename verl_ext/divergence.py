@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from verl_ext.chunks import Head, Logits, OnSupport
-from verl_ext.divergence_kinds import DIVERGENCES, log_mass, log_tail_mass, register_divergence
+from verl_ext.divergence_kinds import DIVERGENCES, log_tail_mass, register_divergence
 from verl_ext.token_losses import Measure, token_losses
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "sampled_token_loss",
     "student_topk",
     "support_log_probs",
-    "support_mass",
     "topk_divergence",
 ]
 
@@ -241,7 +240,8 @@ def student_topk(logits_NV: Tensor, k: int, temperature: float = 1.0) -> Tensor:
 def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of chosen ids, normalised over the whole vocabulary: log p = logit - logsumexp(logits).
 
-    The plain form, for tests and small inputs; the passes use :func:`verl_ext.token_reading.read`.
+    What :func:`topk_divergence` wants of a teacher whose logits are at hand. The plain, differentiable form; the passes
+    use :func:`verl_ext.token_reading.read`.
 
     Args:
         logits_NV: [N, V] logits; N may be several leading dimensions.
@@ -260,11 +260,6 @@ def support_log_probs(logits_NV: Tensor, ids_NK: Tensor, temperature: float = 1.
     scaled_NV = _raised(logits_NV, "logits")
     scaled_NV = scaled_NV if temperature == 1.0 else scaled_NV / temperature
     return scaled_NV.gather(-1, ids_NK.long()) - scaled_NV.logsumexp(-1, keepdim=True)
-
-
-def support_mass(log_probs_NK: Tensor) -> Tensor:
-    """Probability on the support, a diagnostic of whether K is large enough: [N, K] -> [N], without gradient."""
-    return log_mass(_raised(log_probs_NK.detach(), "log_probs_NK")).exp()
 
 
 def _check_ids(logits_NV: Tensor, ids_NK: Tensor) -> None:

@@ -16,7 +16,6 @@ from verl_ext.divergence import (
     sampled_token_loss,
     student_topk,
     support_log_probs,
-    support_mass,
     topk_divergence,
 )
 
@@ -427,13 +426,6 @@ def test_topk_path_keeps_no_second_tensor_of_vocabulary_size():
 def test_student_topk_lists_the_most_likely_ids_first_and_carries_no_gradient():
     logits = torch.tensor([[0.1, 3.0, -1.0, 2.0]], requires_grad=True)
     assert student_topk(logits, 3, temperature=0.5).tolist() == [[1, 3, 0]]
-    assert support_mass(support_log_probs(logits, student_topk(logits, 4))).item() == pytest.approx(1.0)
-    assert not support_mass(support_log_probs(logits, student_topk(logits, 2))).requires_grad
-
-
-def test_support_mass_is_the_probability_on_the_support():
-    log_probs = torch.tensor(np.log(FIVE_STUDENT[:2]))
-    assert support_mass(log_probs).item() == pytest.approx(0.7)
 
 
 def test_support_log_probs_are_normalised_over_the_whole_vocabulary():
