@@ -37,6 +37,8 @@ class DistillEngine(FSDPEngineWithLMHead):
 
     forward_only_placement: str | None = None
     """``device``: kept there; ``host``: loaded once per pass; None: as verl does (streamed, pinned)."""
+    finite_steps = 0
+    """Optimiser steps taken so far; the same on every rank."""
 
     def _build_fsdp_module(self, module):
         placement = "device" if get_device_name() == "cpu" else self.forward_only_placement
@@ -125,10 +127,12 @@ class DistillEngine(FSDPEngineWithLMHead):
         return output
 
     def optimizer_step(self) -> float:
-        if self._loss_is_finite:
-            return super().optimizer_step()
-        self.optimizer.zero_grad()
-        return math.nan
+        if not self._loss_is_finite:
+            self.optimizer.zero_grad()
+            return math.nan
+        norm = super().optimizer_step()
+        self.finite_steps += math.isfinite(norm)
+        return norm
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:

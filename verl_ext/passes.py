@@ -227,11 +227,12 @@ def settle_mixed_teacher(*, support: str, topk: int, temperature: float, tokens:
         support: as :class:`TeacherPass`.
         tokens: sampled tokens by row id.
     """
+    device = STORE.teacher_head.device
     for row_id, row_tokens in tokens.items():
         state = STORE[row_id]
         reading = read(
-            Head(state.teacher_hidden.to(STORE.teacher_head.device), STORE.teacher_head),
-            tokens=row_tokens,
+            Head(state.teacher_hidden.to(device), STORE.teacher_head),
+            tokens=row_tokens.to(device),
             ids=state.support_ids if support == "given" else None,
             topk=topk if support == "teacher_topk" else None,
             entropy=True,

@@ -8,7 +8,6 @@ this process (:mod:`verl_ext.row_store`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -67,15 +66,13 @@ class DistillTrainingWorker(TrainingWorker):
         Rows carry their mini-batch; verl's own loop runs where they do not.
         """
         if MINI_BATCH not in data:
-            output = super().train_mini_batch(data)
-            self.updated = _any_finite(tu.get(output, "metrics")) if output is not None else True
-            return output
+            with self._watching_steps():
+                return super().train_mini_batch(data)
         for key in ("mini_batch_size", "num_mini_batch", "epochs", "seed", "dataloader_kwargs"):
             tu.pop(data, key=key, default=None)
         indices = data[MINI_BATCH].unique().tolist()
         metrics: dict[str, Any] = {}
-        self.updated = False
-        with self.engine.train_mode():
+        with self._watching_steps(), self.engine.train_mode():
             for index in indices:
                 mini_batch = tu.index_select_tensor_dict(data, torch.nonzero(data[MINI_BATCH] == index).flatten())
                 tu.assign_non_tensor(
@@ -87,11 +84,17 @@ class DistillTrainingWorker(TrainingWorker):
                 output = self.train_batch(mini_batch)
                 if output is not None:
                     part = tu.get(output, "metrics")
-                    self.updated = self.updated or _any_finite(part)
                     append_to_dict(metrics, {key: _over_ranks(value) for key, value in part.items()})
         if not self.engine.is_mp_src_rank_with_outputs():
             return None
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu()
+
+    @contextmanager
+    def _watching_steps(self):
+        """Notes whether an optimiser step was finite: from the engine, because not every rank is given metrics."""
+        before, self.updated = self.engine.finite_steps, False
+        yield
+        self.updated = self.engine.finite_steps > before
 
     def _global_lengths(self, data: TensorDict) -> list[int]:
         group = self.engine.get_data_parallel_group()
@@ -116,11 +119,6 @@ def _over_ranks(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return Metric.aggregate_dp(value) if isinstance(value[0], Metric) else [x for part in value for x in part]
-
-
-def _any_finite(metrics: dict[str, Any]) -> bool:
-    norms = metrics.get("grad_norm", [])
-    return any(math.isfinite(norm) for norm in (norms if isinstance(norms, list) else [norms]))
 
 
 class DistillWorker(ActorRolloutRefWorker):
@@ -290,7 +288,8 @@ class DistillWorker(ActorRolloutRefWorker):
     def _check_models(self) -> None:
         """Raises ValueError where the teacher's weights or vocabulary do not fit the student's."""
         vocabulary = self.actor.model_config.hf_config.get_text_config().vocab_size
-        if self.distill.divergence.topk > vocabulary and not self.distill.one_token:
+        on_support = not self.distill.one_token and self.distill.divergence.support != "full"
+        if on_support and self.distill.divergence.topk > vocabulary:
             raise ValueError(
                 f"distill.divergence.topk={self.distill.divergence.topk} is more than the model's {vocabulary} tokens"
             )
