@@ -14,9 +14,8 @@ from data_prep.tiny.formats import FORMATS, LETTERS
 from data_prep.tiny.task import random_problem
 
 LEVELS = (1, 2, 3, 4, 5, 6)
-LETTER_WEIGHT = (
-    4.0  # one token of 28 is a letter: at weight 1 (and shuffled options) the model never learnt to copy one
-)
+LETTER_WEIGHT = 4.0
+"""One token of 28 is a letter; at weight 1, and with shuffled options, the model did not even learn to copy one."""
 
 
 @dataclass(frozen=True)
