@@ -14,7 +14,7 @@ from data_prep.records import Record, RowError
 from data_prep.sources import Hub
 
 # In every data set, beside split, index and question_id.
-COMMON_FIELDS = {"solution": pa.string(), "demonstration": pa.string()}
+COMMON_FIELDS = {"problem": pa.string(), "solution": pa.string(), "demonstration": pa.string()}
 OUTPUT_SPLITS = ("train", "test")
 
 
@@ -23,7 +23,9 @@ class Draft:
     """A question on its way to a row.
 
     Args:
-        fields: what the prompt's template asks for.
+        fields: what the prompt's template asks for. ``problem``, where it is there, is also the bare question in
+            ``extra_info.problem``; a question that says too little alone (without its options, without the tools'
+            documentation) goes by another name.
         ground_truth: what the verifier compares with.
         solution: the reference solution's text, "" where the source has none.
         demonstration: a worked response in the form the prompt asks for, "" where there is none.

@@ -227,6 +227,7 @@ def _make_rows(
                 split=draft.split,
                 index=len(made),
                 ability=dataset.ability,
+                problem=draft.fields.get("problem", ""),
                 solution=draft.solution,
                 demonstration=draft.demonstration,
                 **draft.extra,

@@ -15,14 +15,16 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe import sample_settings, settings
+from recipe import sample_settings, settings, snr_settings, teacher_text_settings
 from verl_ext import config as distill
+from verl_ext import forgetting_config
 from verl_ext.config import ConfigError
+from verl_ext.stages import stages
 from verl_ext.verifier_config import VerifierConfig, route_through_pool, verifier_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = ("method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting")
+GROUPS = ("method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences")
 
 
 def _register() -> None:
@@ -30,6 +32,9 @@ def _register() -> None:
     store.store(name="distill_schema", node=distill.defaults())
     store.store(name="run_schema", node=settings.defaults())
     store.store(name="sample_schema", node=sample_settings.defaults())
+    store.store(name="text_schema", node=teacher_text_settings.defaults())
+    store.store(name="snr_schema", node=snr_settings.defaults())
+    store.store(name="forgetting_schema", node=forgetting_config.defaults())
     store.store(name="verifier_schema", node=asdict(VerifierConfig()))
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
 
@@ -91,11 +96,13 @@ def check(config: DictConfig) -> None:
     """Everything that can be known before Ray starts. Raises ConfigError."""
     distill.build(settings.RunConfig, OmegaConf.to_container(config.run, resolve=True), "run").validate()
     verifier_config(config.verifier)
+    _check_forgetting(config)
     method = distill.distill_config(config.distill)
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     _check_batch(config)
-    if method.enabled:
-        _check_distillation(config, method)
+    for stage in stages(method):
+        if stage.enabled:
+            _check_distillation(config, stage)
     missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith(("critic", "reward.reward_model"))]
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value")
@@ -107,6 +114,16 @@ def check(config: DictConfig) -> None:
         )
     if actor.strategy not in ("fsdp", "fsdp2"):
         raise ConfigError(f"actor_rollout_ref.actor.strategy is {actor.strategy!r}; allowed: fsdp, fsdp2")
+
+
+def _check_forgetting(config: DictConfig) -> None:
+    asked = forgetting_config.forgetting_config(config.forgetting)
+    if asked.files and not (config.run.val_before and config.run.val_every > 0):
+        raise ConfigError(
+            f"forgetting.files is {asked.files}; allowed: only with run.val_before=true (found "
+            f"{config.run.val_before}) and run.val_every above 0 (found {config.run.val_every}), because it is asked "
+            "together with the first and the last validation"
+        )
 
 
 def _check_batch(config: DictConfig) -> None:
@@ -144,6 +161,19 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
         raise ConfigError(
             f"actor_rollout_ref.rollout.n is {n}; allowed: at least 2 with context=sibling, because a row's "
             "demonstration is another rollout of its group"
+        )
+    weighting = method.weighting
+    if weighting.rates == "batch" and not weighting.ignores_rates and n < 2:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.n is {n}; allowed: at least 2 with distill.weighting.rates=batch, because one "
+            "rollout has a pass rate of 0 or 1 only"
+        )
+    correction = config.algorithm.get("rollout_correction") or {}
+    asked = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if correction.get(key)]
+    if method.sequences.source == "reference" and asked:
+        raise ConfigError(
+            f"algorithm.rollout_correction.{asked[0]} is {correction[asked[0]]!r}; allowed: null with "
+            "distill.sequences.source=reference, because replayed text was not sampled"
         )
     _check_sequence_parallel(config)
     if actor.ppo_epochs != 1:

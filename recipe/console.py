@@ -242,6 +242,13 @@ class RunConsole:
             if self._notes <= _MAX_NOTES:
                 self._line(line, style="dim")
 
+    def text(self, text: str) -> None:
+        """Several lines as they are, such as a table."""
+        self._to_log(text)
+        if not self.quiet:
+            self._stop_progress()
+            self._write(self._err, text)
+
     def status(self, text: str) -> None:
         """What is going on now; shown next to the bar where there is one, otherwise nowhere."""
         with self._lock:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.run_files import read_metric_records
 from verl_ext.config import ConfigError
 
 MUST_AGREE = (
@@ -19,6 +20,10 @@ MUST_AGREE = (
     "data.train_batch_size",
     "actor_rollout_ref.rollout.n",
     "run.seed",
+    "distill.schedule",
+    "distill.sequences",
+    "distill.weighting.rates",
+    "distill.weighting.store",
 )
 MINIMUM_FREE = 500_000_000
 
@@ -35,7 +40,9 @@ def check_output_folder(config: DictConfig, folder: Path) -> int:
     checkpoints = folder / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
-        if (folder / "metrics.jsonl").exists():
+        metrics = folder / "metrics.jsonl"
+        # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
+        if metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
             raise ConfigError(
                 f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
                 "choose another folder or remove this one"
@@ -80,7 +87,8 @@ def _check_same_run(config: DictConfig, folder: Path) -> None:
     if not path.exists():
         raise ConfigError(f"{folder} holds checkpoints but no config.yaml: not a run of ours; choose another folder")
     before = OmegaConf.create(yaml.safe_load(path.read_text()))
-    for key in MUST_AGREE:
+    staged = any(OmegaConf.select(config, f"distill.{key}") for key in ("schedule.switch", "weighting.recompute_at"))
+    for key in (*MUST_AGREE, *(("run.steps",) if staged else ())):
         old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
         if old != new:
             raise ConfigError(

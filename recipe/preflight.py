@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 
-from verl_ext.config import ConfigError
-from verl_ext.verifier_config import check_function, verifier_config
+from recipe.question_checks import check_questions
+from verl_ext.config import ConfigError, distill_config
+from verl_ext.question_data import file_list
+from verl_ext.stages import stages
+from verl_ext.verifier_config import VerifierConfig, check_function, verifier_config
 from verl_ext.vocabulary import check_same_vocabulary
 
 COLUMNS = {
@@ -30,15 +32,16 @@ def preflight(config: DictConfig) -> None:
     check_lengths(config, positions)
     check_teacher(config)
     for key in ("train_files", "val_files"):
-        files = _files(config.data[key])
+        files = file_list(config.data[key])
         if not files:
             raise ConfigError(f"data.{key} names no file: this data preset is for evaluation (recipe.sample)")
         for file in files:
             check_parquet(Path(file), f"data.{key}")
-
-
-def _files(value: Any) -> list[str]:
-    return [str(value)] if isinstance(value, str) else [str(item) for item in value]
+    for file in config.forgetting.files:
+        check_parquet(Path(str(file)), "forgetting.files")
+    if config.forgetting.function is not None:
+        check_function(VerifierConfig(function=config.forgetting.function, options=dict(config.forgetting.options)))
+    check_questions(config)
 
 
 def _how_to_make(path: Path) -> str:
@@ -99,14 +102,15 @@ def check_teacher(config: DictConfig) -> None:
     """The support fits the vocabulary, and another model as teacher has the student's vocabulary."""
     if config.distill.coefficient == 0:
         return
-    path, divergence = str(config.actor_rollout_ref.model.path), config.distill.divergence
+    path = str(config.actor_rollout_ref.model.path)
     folder = Path(path).expanduser()
-    if (folder / "config.json").exists() and divergence.support != "full":
+    if (folder / "config.json").exists():
         vocabulary = json.loads((folder / "config.json").read_text()).get("vocab_size")
-        if vocabulary is not None and divergence.topk > vocabulary:
-            raise ConfigError(
-                f"distill.divergence.topk is {divergence.topk}; allowed: up to {vocabulary}, the model's vocabulary"
-            )
+        for divergence in (stage.divergence for stage in stages(distill_config(config.distill))):
+            if divergence.support != "full" and vocabulary is not None and divergence.topk > vocabulary:
+                raise ConfigError(
+                    f"distill.divergence.topk is {divergence.topk}; allowed: up to {vocabulary}, the model's vocabulary"
+                )
     if config.distill.teacher.kind == "external":
         check_same_vocabulary(
             path,
@@ -138,7 +142,8 @@ def check_lengths(config: DictConfig, positions: int | None) -> None:
             f"data.max_prompt_length + data.max_response_length = {student}; "
             f"allowed: up to the model's {positions} positions"
         )
-    teacher = config.distill.context.max_length + config.data.max_response_length
+    longest = max(stage.context.max_length for stage in stages(distill_config(config.distill)))
+    teacher = longest + config.data.max_response_length
     if config.distill.coefficient > 0 and teacher > positions:
         raise ConfigError(
             f"distill.context.max_length + data.max_response_length = {teacher}; "

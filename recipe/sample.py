@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ Options:
 GROUPS = ("model", "data", "hardware")
 SECONDS_BETWEEN_LINES = 5.0
 VERDICTS_BETWEEN_LOOKS = 64
+Finish = Callable[[dict[str, Any], RunConsole], dict[str, Any]]
 REFUSALS = (ConfigError, StoreError, PromptError, VerifierBroken)
 
 
@@ -67,8 +68,11 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]:
+def run(config: DictConfig, console: RunConsole | None = None, *, finish: Finish | None = None) -> dict[str, Any]:
     """Draws what the store lacks, in an existing Ray cluster or one of its own; returns the summary.
+
+    Args:
+        finish: what a command does with the full store; it is given the summary and returns its own.
 
     Raises:
         ConfigError, StoreError, PromptError: the configuration, the store or a prompt does not fit; before Ray starts.
@@ -90,6 +94,10 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             screen.note(f"{repeats} rows repeat a question and are left out")
         try:
             drawn = _draw(config, block, settings, requests, folder, screen)
+            summary = _summary(folder, requests, settings.k, screen)
+            summary |= {"drawn": drawn, "seconds": round(time.perf_counter() - started, 1), "store": str(folder)}
+            if finish is not None:
+                summary = finish(summary, screen)
         except REFUSALS as error:
             refused = error
         except KeyboardInterrupt:
@@ -97,8 +105,6 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
                 screen.progress(len(read_store(folder)[1]), "samples are in the store; the same command goes on")
             raise
         else:
-            summary = _summary(folder, requests, settings.k, screen)
-            summary |= {"drawn": drawn, "seconds": round(time.perf_counter() - started, 1), "store": str(folder)}
             screen.summary(summary)
             return summary
     # Raised outside the console: it would explain a refusal like a crash, with the log.

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from omegaconf import DictConfig
 
-import pyarrow.parquet as pq
-from omegaconf import DictConfig, ListConfig
-
-from verl_ext.config import ConfigError
+from verl_ext import question_data
 from verl_ext.sampling import SampleRequest
 
 
 def read_questions(config: DictConfig, split: str, limit: int | None = None) -> tuple[list[SampleRequest], int]:
-    """The first ``limit`` questions of ``data.train_files`` or ``data.val_files``, and how many repeats were left out.
-
-    A question that stands in the data twice with the same answer is sampled once.
-
-    Raises:
-        ConfigError: a file or a row cannot be used; names the file, the row and the key.
-    """
+    """Of ``data.train_files`` or ``data.val_files``; see :func:`verl_ext.question_data.read_questions`."""
     key = "train_files" if split == "train" else "val_files"
-    files = config.data[key]
-    found: dict[str, SampleRequest] = {}
-    repeats = 0
-    for name in files if isinstance(files, list | ListConfig) else [files]:
-        for number, row in enumerate(_rows(Path(str(name)), f"data.{key}")):
-            request = _request(row, f"{name} row {number}", config.data.get("prompt_key", "prompt"))
-            first = found.setdefault(request.question_id, request)
-            if first is not request:
-                if first.ground_truth != request.ground_truth:
-                    raise ConfigError(
-                        f"{name} row {number}: question {request.question_id} was there before with the answer "
-                        f"{first.ground_truth!r}, here it is {request.ground_truth!r}"
-                    )
-                repeats += 1
-            if limit is not None and len(found) == limit:
-                return list(found.values()), repeats
-    if not found:
-        raise ConfigError(f"data.{key} {files} holds no question")
-    return list(found.values()), repeats
-
-
-def _rows(path: Path, key: str) -> list[dict[str, Any]]:
-    try:
-        return pq.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise ConfigError(f"{key}: {path} does not exist; make it with `python -m data_prep.NAME`") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read as parquet: {error}") from error
-
-
-def _request(row: Mapping[str, Any], where: str, prompt_key: str) -> SampleRequest:
-    for name in (prompt_key, "data_source", "reward_model", "extra_info"):
-        if row.get(name) is None:
-            raise ConfigError(f"{where}: {name!r} is missing; it has {sorted(row)}")
-    extra = row["extra_info"]
-    if not extra.get("question_id"):
-        raise ConfigError(f"{where}: extra_info.question_id is missing; write the data with data_prep or add it")
-    return SampleRequest(
-        question_id=str(extra["question_id"]),
-        messages=row[prompt_key],
-        data_source=row["data_source"],
-        ground_truth=row["reward_model"].get("ground_truth"),
-        extra_info=extra,
+    files = question_data.file_list(config.data[key])
+    return question_data.read_questions(
+        files, f"data.{key}", prompt_key=config.data.get("prompt_key", "prompt"), limit=limit
     )

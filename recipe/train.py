@@ -20,6 +20,7 @@ from recipe.preflight import preflight
 from recipe.report import build_report
 from recipe.run_files import RunFiles
 from verl_ext.config import ConfigError
+from verl_ext.sample_store import StoreError
 
 HELP = """Train a model by pass-rate-weighted on-policy self-distillation, on verl.
 
@@ -102,6 +103,7 @@ def step_record(values: dict[str, Any]) -> dict[str, Any]:
         "actor/loss": "loss",
         "timing_s/gen": "time/rollout",
         "timing_s/plan": "time/plan",
+        "timing_s/pass_rates": "time/pass_rates",
         "timing_s/student_pass": "time/student_pass",
         "timing_s/old_log_prob": "time/student_pass",
         "timing_s/teacher_pass": "time/teacher_pass",
@@ -149,6 +151,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         if resume_step:
             files.truncate_to_step(resume_step)
             screen.note(f"resuming after step {resume_step} of {config.run.steps} from {output}")
+        else:
+            files.truncate_to_step(-1)
         files.write_config(OmegaConf.to_container(config, resolve=True))
         sink = _Sink(files, screen, started, resume_step)
         screen.phase("starting Ray")
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         run(config)
 
-    return exit_code(work, ConfigError)
+    return exit_code(work, (ConfigError, StoreError))
 
 
 if __name__ == "__main__":

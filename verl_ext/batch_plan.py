@@ -21,7 +21,9 @@ import torch
 
 from verl_ext.contexts import PromptTokenizer, RowContext, build_contexts
 from verl_ext.pass_rates import GroupPassRates, group_pass_rates, pass_rate_metrics, success_mask
-from verl_ext.weighting import effective_sample_size, question_weights
+from verl_ext.question_weights import BatchWeigher, Weighed, Weigher
+from verl_ext.reference_context import build_reference_contexts
+from verl_ext.weighting import effective_sample_size
 
 # verl reduces a list of metric values by substrings of its name ("max", "min"), so no key of ours contains either.
 
@@ -43,6 +45,7 @@ class RowBatch:
         prompt_lengths, response_lengths: tokens of the student's prompt and response.
         question_ids: identity of the question across steps, the key of a random choice; the uid where None.
         prompt_ids: the student's prompt token ids; the teacher's prompt where the context is "none".
+        extra_infos: the data set's columns of each row; they hold the text of the context "reference".
         padding: verl's synthetic rows. They copy the fields of a real row, so everything of ours is zeroed there. None:
             recognised by their uid.
 
@@ -61,6 +64,7 @@ class RowBatch:
     question_ids: Sequence[str] | None = None
     prompt_ids: Sequence[Sequence[int]] | None = None
     padding: Sequence[bool] | None = None
+    extra_infos: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -98,6 +102,8 @@ class BatchPlan:
         teacher_prompt_ids_N: the teacher's prompt where ``distill_N``, else None. Equal prompts share one list.
         contexts_N: messages, lengths and reasons behind the two columns above, for the sample dump.
         pass_rates: result of ``group_pass_rates`` on the rows that are not padding.
+        rates_P: float64, the pass rates that the weights were made of; those of ``pass_rates`` unless they come from
+            elsewhere. NaN where there is none.
         question_index_N: int64, position of the row's question in ``pass_rates``; -1 for padding rows.
         question_weights_P: float64, before the cast.
         metrics: flat floats.
@@ -108,6 +114,7 @@ class BatchPlan:
     teacher_prompt_ids_N: list[list[int] | None]
     contexts_N: list[RowContext]
     pass_rates: GroupPassRates
+    rates_P: torch.Tensor
     question_index_N: torch.Tensor
     question_weights_P: torch.Tensor
     metrics: dict[str, float]
@@ -141,20 +148,23 @@ def plan_batch(
     seed: int = 0,
     step: int = 0,
     enabled: bool = True,
+    weigher: Weigher | None = None,
 ) -> BatchPlan:
     """Steps 1 to 3 of a batch's way, and all that step 4 (compaction) needs of them.
 
     ``weighting`` and ``context`` have the attributes of ``WeightingConfig`` and ``ContextConfig``. Success, for the
     pass rate and for the pool of demonstrations alike, is a reward of at least ``context.success_threshold``.
 
-    ``context.kind``: "sibling" as in ``verl_ext.contexts``; "none": the teacher reads the student's own prompt, every
-    row is distilled. ``enabled=False`` (no distillation in the loss): no prompt is rendered and no row is distilled.
+    ``context.kind``: "sibling" as in ``verl_ext.contexts``; "reference" as in ``verl_ext.reference_context``; "none":
+    the teacher reads the student's own prompt, every row is distilled. ``weigher``: where the pass rates of the weights
+    come from; None: from the batch. ``enabled=False`` (no distillation in the loss): no prompt is rendered and no row
+    is distilled.
     ``max_total``: largest number of tokens of teacher prompt and response together; None: no limit.
 
     Raises ValueError for bad columns, prompts, feedback or settings, naming the row or key.
     """
-    if context.kind not in ("sibling", "none"):
-        raise ValueError(f"context kind {context.kind!r} is unknown; allowed are ['sibling', 'none']")
+    if context.kind not in ("sibling", "reference", "none"):
+        raise ValueError(f"context kind {context.kind!r} is unknown; allowed are ['sibling', 'reference', 'none']")
     rows = len(batch)
     real = np.flatnonzero(~np.array(batch.is_padding(), dtype=bool))
     pick = real.tolist()
@@ -163,14 +173,16 @@ def plan_batch(
 
     rates = group_pass_rates([batch.uids[i] for i in pick], rewards, errors, threshold=context.success_threshold)
     question = rates.index_N.cpu().numpy()
-    weights_P = _weights(rates, weighting)
+    keys = _question_keys(batch, pick, question)
+    weighed = (weigher or BatchWeigher(weighting))(keys, rates)
+    weights_P = weighed.weights_P
 
     contexts = [RowContext()] * rows
-    metrics = _rate_metrics(rates) | _weight_metrics(weights_P, rates)
+    metrics = _rate_metrics(rates) | _weight_metrics(weighed)
     if enabled and pick:
         success = (~errors & success_mask(rewards, threshold=context.success_threshold)).numpy()
         found, context_metrics = _contexts(
-            batch, pick, question, success, context, tokenizer, template_kwargs, max_total, seed, step
+            batch, pick, question, keys, success, context, tokenizer, template_kwargs, max_total, seed, step
         )
         metrics |= context_metrics
         for i, row_context in zip(pick, found, strict=True):
@@ -188,6 +200,7 @@ def plan_batch(
         teacher_prompt_ids_N=[row_context.token_ids for row_context in contexts],
         contexts_N=contexts,
         pass_rates=rates,
+        rates_P=weighed.rates_P,
         question_index_N=question_index_N,
         question_weights_P=weights_P,
         metrics=metrics,
@@ -206,30 +219,11 @@ def _rewards(batch: RowBatch, pick: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).to(dtype if dtype.is_floating_point else torch.float64)
 
 
-def _weights(rates: GroupPassRates, weighting: Any) -> torch.Tensor:
-    """float64 [P]. A question without a verified rollout has no pass rate: weight 0, and no part in the normaliser."""
-    weights_P = torch.zeros_like(rates.rates_P)
-    if len(weights_P) == 0:
-        return weights_P
-    # By ascending rate, so that the rounding of the normaliser's sum does not depend on the order of the batch.
-    order = torch.argsort(rates.rates_P, stable=True)
-    weights_P[order] = question_weights(
-        rates.rates_P[order],
-        alpha=weighting.alpha,
-        beta=weighting.beta,
-        normalizer=weighting.normalizer,
-        cap=weighting.cap,
-        floor_zero=weighting.floor_zero,
-        floor_one=weighting.floor_one,
-        constant=weighting.constant,
-    )
-    return weights_P
-
-
 def _contexts(
     batch: RowBatch,
     pick: list[int],
     question: np.ndarray,
+    keys: list[str],
     success: np.ndarray,
     config: Any,
     tokenizer: Any,
@@ -242,6 +236,8 @@ def _contexts(
     lengths = [int(batch.response_lengths[i]) for i in pick]
     if config.kind == "none":
         return _plain_contexts(batch, pick, lengths, config, tokenizer, template_kwargs, max_total)
+    if config.kind == "reference":
+        return _reference_contexts(batch, pick, lengths, config, tokenizer, template_kwargs, max_total)
     result = build_contexts(
         [batch.raw_prompts[i] for i in pick],
         [batch.responses[i] for i in pick],
@@ -257,7 +253,7 @@ def _contexts(
         max_total=max_total,
         seed=seed,
         step=step,
-        question_keys_Q=_question_keys(batch, pick, question),
+        question_keys_Q=keys,
         row_names_N=[batch.name(i) for i in pick],
     )
     moved = [
@@ -295,6 +291,31 @@ def _plain_contexts(
     }
 
 
+def _reference_contexts(
+    batch: RowBatch,
+    pick: list[int],
+    lengths: list[int],
+    config: Any,
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any] | None,
+    max_total: int | None,
+) -> tuple[list[RowContext], dict[str, float]]:
+    """The data set's own solution in the teacher's prompt."""
+    if batch.extra_infos is None:
+        raise ValueError("context kind 'reference' needs the column extra_infos")
+    result = build_reference_contexts(
+        [batch.raw_prompts[i] for i in pick],
+        [batch.extra_infos[i] for i in pick],
+        response_lengths_N=lengths,
+        tokenizer=tokenizer,
+        config=config,
+        template_kwargs=template_kwargs,
+        max_total=max_total,
+        row_names_N=[batch.name(i) for i in pick],
+    )
+    return result.rows, result.metrics
+
+
 def _question_keys(batch: RowBatch, pick: list[int], question: np.ndarray) -> list[str]:
     """[P] the key of each question's random choices: its id across steps where the batch has one, else its uid."""
     keys: dict[int, str] = {}
@@ -323,12 +344,14 @@ def _rate_metrics(rates: GroupPassRates) -> dict[str, float]:
     }
 
 
-def _weight_metrics(weights_P: torch.Tensor, rates: GroupPassRates) -> dict[str, float]:
-    """Over the questions with a verdict. Effective questions: the sample size that the weights leave."""
-    weights = weights_P[~rates.rates_P.isnan()].sort().values
+def _weight_metrics(weighed: Weighed) -> dict[str, float]:
+    """Over the questions with a rate. Effective questions: the sample size that the weights leave."""
+    known = ~weighed.rates_P.isnan()
+    weights = weighed.weights_P[known].sort().values
     return {
         "weight/mean": float(weights.mean()) if len(weights) else 0.0,
         "weight/largest": float(weights[-1]) if len(weights) else 0.0,
         "weight/active_share": float((weights > 0).sum()) / len(weights) if len(weights) else 0.0,
         "weight/effective_sample_size": effective_sample_size(weights),
+        "weight/rate_mean": float(weighed.rates_P[known].sort().values.mean()) if len(weights) else 0.0,
     }

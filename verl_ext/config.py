@@ -10,7 +10,10 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from verl_ext.config_values import ConfigError as ConfigError  # the place where others look for it
+from verl_ext.config_values import build, fail, number, one_of, optional_number
 from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
+from verl_ext.reference_context import REFERENCE_TEMPLATE, ReferenceTemplate
 
 NORMALIZERS = ("none", "mean", "mean_active", "half", "max", "constant")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed", "akl", "sampled_token")
@@ -19,7 +22,12 @@ CLIP_LEVELS = ("entry", "token")
 INPUTS = ("auto", "logits", "hidden_states")
 TEACHERS = ("ema", "frozen", "live", "synced", "trust_region", "external")
 TEACHER_STATES = ("auto", "log_probs", "hidden_states")
-CONTEXTS = ("sibling", "none")
+CONTEXTS = ("sibling", "reference", "none")
+SOURCES = ("student_rollouts", "reference")
+STAGED = ("sequences", "context", "divergence", "weighting")
+"""Blocks that may change between stages; teacher and worker layout stay."""
+KERNELS = ("beta", "interval", "gaussian")
+RATES = ("batch", "store", "running")
 DEMONSTRATIONS = ("first", "random", "shortest")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean")
 CARRIERS = ("loss", "advantage")
@@ -29,40 +37,23 @@ ON_NEGATIVE_GAP = ("warn", "stop", "ignore")
 _OWN_KIND = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-class ConfigError(ValueError):
-    """A value that cannot be used; the message names the key, what was found and what is allowed."""
-
-
-def _fail(key: str, found: Any, allowed: str) -> None:
-    raise ConfigError(f"distill.{key} is {found!r}; allowed: {allowed}")
-
-
-def _one_of(key: str, found: Any, allowed: tuple[str, ...]) -> None:
-    if found not in allowed:
-        _fail(key, found, ", ".join(allowed))
-
-
-def _number(key: str, found: Any, low: float, high: float | None = None, *, above: bool = False) -> None:
-    bound = f"a number {'above' if above else 'from'} {low}" + (f" to {high}" if high is not None else "")
-    if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
-        _fail(key, found, bound)
-    if found < low or (above and found == low) or (high is not None and found > high):
-        _fail(key, found, bound)
-
-
-def _optional_number(key: str, found: Any, low: float, *, above: bool = False) -> None:
-    if found is not None:
-        _number(key, found, low, above=above)
-
-
 @dataclass
 class SequencesConfig:
-    """Which sequences are scored. Student rollouts only; the other sources come with the methods that need them."""
+    """Which sequences are scored.
+
+    Attributes:
+        source: ``student_rollouts``, or ``reference``: texts of the data set or of the teacher, replayed as responses.
+        reference_key: key of ``extra_info`` that holds those texts, one or a list of them; rollout i of a question
+            replays text i modulo their number.
+    """
 
     source: str = "student_rollouts"
+    reference_key: str = "solution"
 
     def validate(self) -> None:
-        _one_of("sequences.source", self.source, ("student_rollouts",))
+        one_of("sequences.source", self.source, SOURCES)
+        if not self.reference_key:
+            fail("sequences.reference_key", self.reference_key, "a key of extra_info")
 
 
 @dataclass
@@ -109,14 +100,14 @@ class TeacherConfig:
         return self.kind in ("ema", "synced")
 
     def validate(self) -> None:
-        _one_of("teacher.kind", self.kind, TEACHERS)
-        _number("teacher.update_rate", self.update_rate, 0.0, 1.0)
-        _number("teacher.sync_every", self.sync_every, 1)
+        one_of("teacher.kind", self.kind, TEACHERS)
+        number("teacher.update_rate", self.update_rate, 0.0, 1.0)
+        number("teacher.sync_every", self.sync_every, 1)
         if (self.kind == "external") != (self.path is not None):
-            _fail("teacher.path", self.path, "a model folder or hub name with kind=external, null otherwise")
-        _one_of("teacher.states", self.states, TEACHER_STATES)
-        _number("teacher.self_check_tolerance", self.self_check_tolerance, 0.0)
-        _one_of("teacher.on_negative_gap", self.on_negative_gap, ON_NEGATIVE_GAP)
+            fail("teacher.path", self.path, "a model folder or hub name with kind=external, null otherwise")
+        one_of("teacher.states", self.states, TEACHER_STATES)
+        number("teacher.self_check_tolerance", self.self_check_tolerance, 0.0)
+        one_of("teacher.on_negative_gap", self.on_negative_gap, ON_NEGATIVE_GAP)
 
 
 @dataclass
@@ -124,13 +115,18 @@ class ContextConfig:
     """What the teacher reads in place of the last user turn (SDPO's `self_distillation` block and its templates).
 
     Attributes:
-        kind: ``sibling`` (a successful rollout of the same group, and feedback if switched on) or ``none``.
+        kind: ``sibling`` (a successful rollout of the same group, and feedback if switched on), ``reference`` (the data
+            set's own solution) or ``none``.
         demonstration: which success serves: ``first`` in rollout order, ``random`` or ``shortest``.
         own_success: may a right row be its own demonstration.
         success_threshold: reward from which a rollout counts as a success; also the threshold of the pass rate.
+        remove_thinking: delete thinking blocks from demonstrations and solutions.
         feedback: use the row's own feedback text.
         feedback_only_without_solution: ... only where the row has no demonstration.
         max_length: longest teacher prompt in tokens. Longer ones are left out and counted, never cut.
+        reference_key: key of ``extra_info`` that holds the solution, for ``reference``.
+        reference_template: the user turn of the teacher's prompt, for ``reference``; it may use {prompt}, {problem} and
+            must use {solution}.
     """
 
     kind: str = "sibling"
@@ -144,11 +140,13 @@ class ContextConfig:
     reprompt_template: str = REPROMPT_TEMPLATE
     solution_template: str = SOLUTION_TEMPLATE
     feedback_template: str = FEEDBACK_TEMPLATE
+    reference_key: str = "solution"
+    reference_template: str = REFERENCE_TEMPLATE
 
     def validate(self) -> None:
-        _one_of("context.kind", self.kind, CONTEXTS)
-        _one_of("context.demonstration", self.demonstration, DEMONSTRATIONS)
-        _number("context.max_length", self.max_length, 1)
+        one_of("context.kind", self.kind, CONTEXTS)
+        one_of("context.demonstration", self.demonstration, DEMONSTRATIONS)
+        number("context.max_length", self.max_length, 1)
         for key, names in (
             ("reprompt_template", ("prompt", "solution", "feedback")),
             ("solution_template", ("successful_previous_attempt",)),
@@ -157,7 +155,11 @@ class ContextConfig:
             text = getattr(self, key)
             for name in names:
                 if "{" + name + "}" not in text:
-                    _fail(f"context.{key}", text, "a template that holds {" + name + "}")
+                    fail(f"context.{key}", text, "a template that holds {" + name + "}")
+        try:
+            ReferenceTemplate(self.reference_template)
+        except ValueError as error:
+            raise ConfigError(f"distill.context.{error}") from error
 
 
 @dataclass
@@ -196,26 +198,36 @@ class DivergenceConfig:
 
     def validate(self) -> None:
         if not _OWN_KIND.fullmatch(self.kind):
-            _one_of("divergence.kind", self.kind, DIVERGENCES)
-        _number("divergence.alpha", self.alpha, 0.0, 1.0)
-        _one_of("divergence.support", self.support, SUPPORTS)
-        _number("divergence.topk", self.topk, 1)
+            one_of("divergence.kind", self.kind, DIVERGENCES)
+        number("divergence.alpha", self.alpha, 0.0, 1.0)
+        one_of("divergence.support", self.support, SUPPORTS)
+        number("divergence.topk", self.topk, 1)
         if self.support == "full" and self.tail and self.kind != "sampled_token":
-            _fail("divergence.tail", True, "false with divergence.support=full, which leaves nothing outside")
-        _optional_number("divergence.clip", self.clip, 0.0, above=True)
-        _one_of("divergence.clip_level", self.clip_level, CLIP_LEVELS)
+            fail("divergence.tail", True, "false with divergence.support=full, which leaves nothing outside")
+        optional_number("divergence.clip", self.clip, 0.0, above=True)
+        one_of("divergence.clip_level", self.clip_level, CLIP_LEVELS)
         if self.clip is not None and self.kind == "sampled_token":
-            _fail("divergence.clip", self.clip, "null with kind=sampled_token, which has no entries")
-        _one_of("divergence.inputs", self.inputs, INPUTS)
-        _one_of("divergence.aggregation", self.aggregation, AGGREGATIONS)
-        _optional_number("divergence.ratio_clip", self.ratio_clip, 0.0, above=True)
+            fail("divergence.clip", self.clip, "null with kind=sampled_token, which has no entries")
+        one_of("divergence.inputs", self.inputs, INPUTS)
+        one_of("divergence.aggregation", self.aggregation, AGGREGATIONS)
+        optional_number("divergence.ratio_clip", self.ratio_clip, 0.0, above=True)
 
 
 @dataclass
 class WeightingConfig:
-    """Question weight p^alpha (1-p)^beta, normalised over the train batch (SC-SDPO: 1/2, 1/2; PACED: 1, 1; SDPO: 0, 0).
+    """Question weight, a normalised function of the pass rate (SC-SDPO: alpha = beta = 1/2; PACED: 1; SDPO: 0).
 
     Attributes:
+        kernel: ``beta``: p^alpha (1-p)^beta; ``interval``: 1 from ``low`` to ``high``, else 0 (PACED's hard filter);
+            ``gaussian``: around ``centre`` with standard deviation ``width``.
+        rates: whose pass rates: those of the ``batch``; of a ``store``, fixed until they are taken again (PACED:
+            questions of weight 0 are not sampled, and the normaliser runs over the training set); or a ``running``
+            estimate, updated with every batch.
+        store: folder of ``recipe.pass_rates``. None with rates=store: the run takes them before its first step.
+        samples: rollouts per question where the run itself takes pass rates.
+        recompute_every: steps after which the run takes them again with its present weights.
+        recompute_at: the same once, at this fraction of the run (PACED's ablation: 0.5).
+        decay: of older evidence in the running estimate, per batch that holds the question.
         normalizer: see :func:`verl_ext.weighting.question_weights`. SC-SDPO's own is unknown; ``mean`` keeps the
             learning rate's scale.
         cap: largest weight, applied last.
@@ -230,17 +242,78 @@ class WeightingConfig:
     floor_zero: float | None = None
     floor_one: float | None = None
     constant: float | None = None
+    kernel: str = "beta"
+    low: float = 0.2
+    high: float = 0.8
+    centre: float = 0.5
+    width: float = 0.2
+    rates: str = "batch"
+    store: str | None = None
+    samples: int = 8
+    recompute_every: int | None = None
+    recompute_at: float | None = None
+    decay: float = 0.9
+
+    @property
+    def ignores_rates(self) -> bool:
+        """Whether every question counts the same, whatever its pass rate."""
+        floors = self.floor_zero is not None or self.floor_one is not None
+        return self.kernel == "beta" and self.alpha == 0 and self.beta == 0 and not floors
 
     def validate(self) -> None:
-        _number("weighting.alpha", self.alpha, 0.0)
-        _number("weighting.beta", self.beta, 0.0)
-        _one_of("weighting.normalizer", self.normalizer, NORMALIZERS)
-        _optional_number("weighting.cap", self.cap, 0.0, above=True)
-        _optional_number("weighting.floor_zero", self.floor_zero, 0.0)
-        _optional_number("weighting.floor_one", self.floor_one, 0.0)
-        _optional_number("weighting.constant", self.constant, 0.0, above=True)
+        one_of("weighting.kernel", self.kernel, KERNELS)
+        number("weighting.low", self.low, 0.0, 1.0)
+        number("weighting.high", self.high, 0.0, 1.0)
+        if self.low > self.high:
+            fail("weighting.low", self.low, f"a number up to weighting.high={self.high}")
+        number("weighting.centre", self.centre, 0.0, 1.0)
+        number("weighting.width", self.width, 0.0, above=True)
+        self._validate_rates()
+        number("weighting.alpha", self.alpha, 0.0)
+        number("weighting.beta", self.beta, 0.0)
+        one_of("weighting.normalizer", self.normalizer, NORMALIZERS)
+        optional_number("weighting.cap", self.cap, 0.0, above=True)
+        optional_number("weighting.floor_zero", self.floor_zero, 0.0)
+        optional_number("weighting.floor_one", self.floor_one, 0.0)
+        optional_number("weighting.constant", self.constant, 0.0, above=True)
         if (self.normalizer == "constant") != (self.constant is not None):
-            _fail("weighting.constant", self.constant, "a positive number with normalizer=constant, null otherwise")
+            fail("weighting.constant", self.constant, "a positive number with normalizer=constant, null otherwise")
+
+    def _validate_rates(self) -> None:
+        one_of("weighting.rates", self.rates, RATES)
+        number("weighting.samples", self.samples, 1)
+        number("weighting.decay", self.decay, 0.0, 1.0, above=True)
+        optional_number("weighting.recompute_every", self.recompute_every, 1)
+        if self.recompute_at is not None and not 0 < self.recompute_at < 1:
+            fail("weighting.recompute_at", self.recompute_at, "a fraction between 0 and 1, or null")
+        for key in ("store", "recompute_every", "recompute_at"):
+            if getattr(self, key) is not None and self.rates != "store":
+                fail(f"weighting.{key}", getattr(self, key), f"null with weighting.rates={self.rates}")
+
+
+@dataclass
+class ScheduleConfig:
+    """A run of two stages (PACED: forward KL along reference text, then reverse KL along student rollouts).
+
+    Attributes:
+        switch: fraction of the run's steps after which the second stage begins; None: one stage.
+        second: what the second stage changes in the ``distill`` block, e.g. {divergence: {kind: reverse_kl}}; all else
+            stays as in the first (a store too: rates=batch needs store=null beside it).
+        recompute_pass_rates: take the pass rates again at the switch, where they come from a store (PACED).
+    """
+
+    switch: float | None = None
+    second: dict[str, Any] = field(default_factory=dict)
+    recompute_pass_rates: bool = True
+
+    def validate(self) -> None:
+        if self.switch is not None and not 0 < self.switch < 1:
+            fail("schedule.switch", self.switch, "a fraction between 0 and 1, or null for one stage")
+        if (self.switch is None) != (not self.second):
+            fail("schedule.second", self.second, "what changes at schedule.switch; empty without a switch")
+        unknown = sorted(set(self.second) - set(STAGED))
+        if unknown:
+            fail(f"schedule.second.{unknown[0]}", self.second[unknown[0]], f"one of the blocks {', '.join(STAGED)}")
 
 
 @dataclass
@@ -264,8 +337,8 @@ class SamplesConfig:
     every: int = 10
 
     def validate(self) -> None:
-        _number("samples.per_step", self.per_step, 0)
-        _number("samples.every", self.every, 1)
+        number("samples.per_step", self.per_step, 0)
+        number("samples.every", self.every, 1)
 
 
 @dataclass
@@ -300,6 +373,7 @@ class DistillConfig:
     context: ContextConfig = field(default_factory=ContextConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compaction: CompactionConfig = field(default_factory=CompactionConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
 
@@ -320,30 +394,64 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raises ConfigError with the key, the value and what is allowed."""
-        _number("coefficient", self.coefficient, 0.0, 1.0)
-        _one_of("carrier", self.carrier, CARRIERS)
-        _optional_number("advantage_clip", self.advantage_clip, 0.0, above=True)
-        _one_of("reuse_log_probs", self.reuse_log_probs, ("auto", "never"))
-        _number("poll_interval", self.poll_interval, 0.0, above=True)
-        _number("non_finite_limit", self.non_finite_limit, 0)
+        number("coefficient", self.coefficient, 0.0, 1.0)
+        one_of("carrier", self.carrier, CARRIERS)
+        optional_number("advantage_clip", self.advantage_clip, 0.0, above=True)
+        one_of("reuse_log_probs", self.reuse_log_probs, ("auto", "never"))
+        number("poll_interval", self.poll_interval, 0.0, above=True)
+        number("non_finite_limit", self.non_finite_limit, 0)
         for part in fields(self):
             value = getattr(self, part.name)
             if is_dataclass(value):
                 value.validate()
         if self.enabled and self.context.kind == "none" and self.teacher.kind == "live":
-            _fail("context.kind", "none", "sibling: a live teacher without privileged text equals the student")
+            fail(
+                "context.kind",
+                "none",
+                "another kind: a live teacher without privileged text equals the student",
+            )
         self._validate_states()
+        self._validate_reference()
+        if self.schedule.switch is not None:
+            try:
+                self.second_stage().validate()
+            except ConfigError as error:
+                raise ConfigError(f"in the second stage (distill.schedule.second): {error}") from error
+
+    def second_stage(self) -> DistillConfig:
+        """The block of the second stage, itself without a schedule. Raises ConfigError."""
+        values = dataclasses.asdict(self)
+        for block, changes in self.schedule.second.items():
+            if not isinstance(changes, dict):
+                fail(f"schedule.second.{block}", changes, "a block of keys")
+            values[block] |= changes
+        values["schedule"] = {}
+        return build(DistillConfig, values, "distill")
+
+    def _validate_reference(self) -> None:
+        if not self.enabled or self.sequences.source != "reference":
+            return
+        if self.context.kind == "sibling":
+            fail("context.kind", "sibling", "none or reference with sequences.source=reference, which has no rollouts")
+        if self.divergence.kind == "sampled_token":
+            fail("divergence.kind", "sampled_token", "a divergence over a support with sequences.source=reference: the "
+                 "student did not sample that text")  # fmt: skip
+        if self.policy_gradient:
+            fail("sequences.source", "reference", "student_rollouts where a policy gradient is part of the loss")
+        if self.weighting.rates != "store" and not self.weighting.ignores_rates:
+            fail("weighting.rates", self.weighting.rates, "store with sequences.source=reference: replayed texts have "
+                 "no pass rate of the student")  # fmt: skip
 
     def _validate_states(self) -> None:
         states = self.teacher.states
         if states == "hidden_states" and self.one_token:
-            _fail("teacher.states", states, "log_probs where only the sampled token's probability is compared")
+            fail("teacher.states", states, "log_probs where only the sampled token's probability is compared")
         if self.one_token or self.divergence.support != "full":
             return
         if states == "log_probs":
-            _fail("teacher.states", states, "hidden_states with divergence.support=full")
+            fail("teacher.states", states, "hidden_states with divergence.support=full")
         if self.divergence.inputs == "logits":
-            _fail("divergence.inputs", "logits", "hidden_states with divergence.support=full")
+            fail("divergence.inputs", "logits", "hidden_states with divergence.support=full")
 
     @property
     def one_token(self) -> bool:
@@ -374,36 +482,6 @@ class DistillConfig:
     def student_pass(self) -> bool:
         """Whether the teacher's part needs a separate student pass before the update."""
         return self.enabled and (self.support_pass or not self.divergence_loss)
-
-
-def build(cls: type, values: Any, path: str) -> Any:
-    """The block ``path`` as its dataclass. Raises ConfigError for an unknown key or a value of another type."""
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is {values!r}; allowed: a block of keys")
-    known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"{path}.{unknown[0]} is not a key; {path} has: {', '.join(known)}")
-    built = {}
-    for name, value in values.items():
-        default = known[name].default_factory if known[name].default_factory is not dataclasses.MISSING else None
-        nested = default if isinstance(default, type) and is_dataclass(default) else None
-        built[name] = build(nested, value, f"{path}.{name}") if nested else _typed(known[name], value, path)
-    return cls(**built)
-
-
-def _typed(spec: dataclasses.Field, value: Any, path: str) -> Any:
-    """Refuses a value of another type than the field's; a whole number is fine where a float is expected."""
-    declared = str(spec.type)
-    if value is None and "None" in declared:
-        return None
-    kind = declared.split(" ")[0]
-    accepted = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict[str,": dict}[kind]
-    if not isinstance(value, accepted) or (kind in ("int", "float") and isinstance(value, bool)):
-        raise ConfigError(f"{path}.{spec.name} is {value!r}; allowed: a value of type {declared}")
-    return float(value) if kind == "float" else value
 
 
 def distill_config(values: Any) -> DistillConfig:

@@ -245,7 +245,7 @@ def render_context(
     Raises ValueError if the last message is not a user turn with plain text.
     """
     templates = templates or ContextTemplates()
-    messages = _checked_messages(messages, row)
+    messages = checked_messages(messages, row)
     if solution is None and feedback is None:
         return None
     solution_text = "" if solution is None else templates.solution.format(successful_previous_attempt=solution)
@@ -254,7 +254,8 @@ def render_context(
     return [*messages[:-1], {**messages[-1], "content": text}]
 
 
-def _checked_messages(messages: Sequence[Mapping[str, Any]], row: object) -> list[dict[str, Any]]:
+def checked_messages(messages: Sequence[Mapping[str, Any]], row: object) -> list[dict[str, Any]]:
+    """Copies of the messages. Raises ValueError unless they end in a user turn with plain text; ``row`` names it."""
     if isinstance(messages, str | bytes | Mapping):
         raise ValueError(f"{_name(row)}: the prompt must be a list of messages, found {type(messages).__name__}")
     messages = list(messages)
@@ -414,7 +415,7 @@ def build_contexts(
     rows = len(raw_prompts_N)
     names = list(range(rows)) if row_names_N is None else list(row_names_N)
     feedback_N = [None] * rows if feedback_N is None or not config.feedback else list(feedback_N)
-    _check_lengths(rows, responses=responses_N, feedback=feedback_N, successes=successes_N, row_names=names)
+    check_lengths(rows, responses=responses_N, feedback=feedback_N, successes=successes_N, row_names=names)
     templates = ContextTemplates(config.reprompt_template, config.solution_template, config.feedback_template)
     success = np.asarray(successes_N, dtype=bool).reshape(-1)
     # Only successes are ever shown, so only they are cleaned.
@@ -486,7 +487,8 @@ def _context_metrics(
     }
 
 
-def _check_lengths(rows: int, **columns: Sequence[Any]) -> None:
+def check_lengths(rows: int, **columns: Sequence[Any]) -> None:
+    """Raises ValueError, naming the column, unless every column has ``rows`` entries."""
     for name, column in columns.items():
         if len(column) != rows:
             raise ValueError(f"{name} has {len(column)} entries for {rows} rows")

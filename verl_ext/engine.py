@@ -29,6 +29,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_ext.chunks import Head
+from verl_ext.gradient_sketch import GradientSketch
 from verl_ext.packing import lengths
 
 
@@ -37,6 +38,8 @@ class DistillEngine(FSDPEngineWithLMHead):
 
     forward_only_placement: str | None = None
     """``device``: kept there; ``host``: loaded once per pass; None: as verl does (streamed, pinned)."""
+    sketch: GradientSketch | None = None
+    """Where gradients are measured instead of used: no optimiser step changes a weight."""
     finite_steps = 0
     """Optimiser steps taken so far; the same on every rank."""
 
@@ -127,6 +130,10 @@ class DistillEngine(FSDPEngineWithLMHead):
         return output
 
     def optimizer_step(self) -> float:
+        if self.sketch is not None:
+            norm = float(self.sketch.take(self.module, torch.distributed.group.WORLD).norm())
+            self.optimizer.zero_grad()
+            return norm
         if not self._loss_is_finite:
             self.optimizer.zero_grad()
             return math.nan

@@ -104,5 +104,6 @@ def read_rows(meta: KVBatchMeta, tokenizer: Any) -> RolloutRows:
         response_lengths=[len(row) for row in responses],
         question_ids=[question_ids[i] for i in order],
         prompt_ids=prompts,
+        extra_infos=[infos[i] for i in order],
     )
     return RolloutRows(ordered, [question_ids[i] for i in order], rewards, errors, extra, batch, data)

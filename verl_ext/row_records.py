@@ -20,7 +20,7 @@ def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
         "response": rows.batch.responses[i],
         "teacher_context": messages[-1]["content"] if messages else None,
         "reward": float(rows.rewards[i]),
-        "pass_rate": float(plan.pass_rates.rates_P[plan.question_index_N[i]]),
+        "pass_rate": float(plan.rates_P[plan.question_index_N[i]]),
         "weight": float(plan.weights_N[i]),
         "has_demonstration": plan.demonstrations_N[i] is not None,
     }

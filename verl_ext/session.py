@@ -11,6 +11,7 @@ import importlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -36,7 +37,7 @@ def run_session(
     early: Early,
     *,
     seed: int = 0,
-    trainer_class: type[DistillTrainer] = DistillTrainer,
+    trainer_class: Callable[..., DistillTrainer] = DistillTrainer,
 ) -> DistillTrainer:
     """Trains to the end of the configured steps.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 import ray
 import torch
 import transfer_queue as tq
@@ -24,7 +23,6 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
@@ -32,13 +30,13 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
-from verl_ext.config import distill_config
 from verl_ext.loss import WEIGHT
 from verl_ext.non_finite import NonFiniteWatch
 from verl_ext.old_log_probs import OldLogProbs, old_log_probs
 from verl_ext.outcome_advantage import FIELDS as ADVANTAGE_FIELDS
 from verl_ext.outcome_advantage import outcome_advantages
 from verl_ext.passes import ROW_ID
+from verl_ext.question_trainer import QuestionTrainer
 from verl_ext.rollout_rows import RolloutRows, read_rows, read_verdicts
 from verl_ext.row_metrics import row_metrics, take_row_statistics
 from verl_ext.row_records import sampled_completions, skipped_rows
@@ -51,16 +49,14 @@ from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_ra
 from verl_ext.worker import MINI_BATCH, DistillWorker
 
 
-class DistillTrainer(PPOTrainerSync):
+class DistillTrainer(QuestionTrainer):
     """One trainer for every method: what it does is decided by the ``distill`` block."""
 
     def __init__(self, config: DictConfig, sink: StepSink, *, seed: int = 0) -> None:
-        self.distill = distill_config(config.distill)
-        self.sink = sink
         self.seed = seed
         with open_dict(config):
             config.actor_rollout_ref.distill = config.distill
-        super().__init__(config)
+        super().__init__(config, sink)
         self._gap_alarm = GapAlarm(self.distill)
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
@@ -70,29 +66,6 @@ class DistillTrainer(PPOTrainerSync):
         self._warned_of_short_groups = False
 
     # ---------------------------------------------------------------------------------------------------- building
-
-    def _init_dataloader(self) -> None:
-        super()._init_dataloader()
-        data, batch = self.config.data, self.config.data.train_batch_size
-        for key, dataset in (("train_files", self.train_dataset), ("val_files", self.val_dataset)):
-            files = [data[key]] if isinstance(data[key], str) else list(data[key])
-            rows = sum(parquet.read_metadata(file).num_rows for file in files)
-            limit = data.get("train_max_samples" if key == "train_files" else "val_max_samples", -1)
-            rows = min(rows, limit) if limit and limit > 0 else rows
-            if len(dataset) < rows:
-                self.sink.warning(
-                    f"data.{key}: {rows - len(dataset)} of {rows} prompts are longer than data.max_prompt_length="
-                    f"{data.max_prompt_length} tokens and are left out"
-                )
-        if len(self.train_dataset) < batch:
-            raise ValueError(
-                f"data.train_files has {len(self.train_dataset)} prompts of at most {data.max_prompt_length} tokens, "
-                f"fewer than data.train_batch_size={batch}: raise data.max_prompt_length or lower the batch"
-            )
-        if len(self.val_dataset) == 0:
-            raise ValueError(
-                f"data.val_files has no prompt of at most data.max_prompt_length={data.max_prompt_length} tokens"
-            )
 
     @property
     def logger(self) -> Any:
@@ -187,8 +160,9 @@ class DistillTrainer(PPOTrainerSync):
             seed=self.seed,
             step=self.global_steps,
             enabled=self.distill.enabled,
+            weigher=self.questions.weigher,
         )
-        metrics.update(plan.metrics)
+        metrics.update(plan.metrics | self.questions.metrics())
         metrics["time/driver_plan_ms"] = 1000 * (time.perf_counter() - started)
         self._count_groups(rows, metrics)
         return plan
@@ -279,7 +253,7 @@ class DistillTrainer(PPOTrainerSync):
         return row_metrics(
             statistics,
             right_N=(rows.rewards >= self.distill.context.success_threshold).tolist(),
-            pass_rates_N=plan.pass_rates.rates_P[plan.question_index_N].tolist(),
+            pass_rates_N=plan.rates_P[plan.question_index_N].tolist(),
             on_support=not self.distill.one_token and self.distill.divergence.support != "full",
         )
 
@@ -481,19 +455,25 @@ class DistillTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         # Ours first: verl writes the tracker last, so a checkpoint it names is whole.
         if self._teacher_is_saved:
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "teacher"
-            self.actor_rollout_wg.save_teacher(str(folder.absolute()))
+            self.actor_rollout_wg.save_teacher(str(self._checkpoint / "teacher"))
+        self.questions.save(self._checkpoint)
         super()._save_checkpoint()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self._resumed = self.global_steps > 0
+        self.questions.resume(self.global_steps)
+        self._forgetting.resume(self.global_steps)
         if not self._resumed:
             return
         self._gap_alarm.measured = True
         if self._teacher_is_saved:
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "teacher"
-            self.actor_rollout_wg.load_teacher(str(folder.absolute()))
+            self.actor_rollout_wg.load_teacher(str(self._checkpoint / "teacher"))
+        self.questions.load(self._checkpoint, self.global_steps)
 
     # ----------------------------------------------------------------------------------------------------- samples
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 NORMALIZERS: Final[tuple[str, ...]] = ("none", "mean", "mean_active", "half", "max", "constant")
+KERNELS: Final[tuple[str, ...]] = ("beta", "interval", "gaussian")
+RATE_TOLERANCE: Final[float] = 1e-6
 
 
 def question_weights(
@@ -29,8 +31,13 @@ def question_weights(
     floor_zero: float | None = None,
     floor_one: float | None = None,
     constant: float | None = None,
+    kernel: str = "beta",
+    low: float = 0.2,
+    high: float = 0.8,
+    centre: float = 0.5,
+    width: float = 0.2,
 ) -> Tensor:
-    """Weight of each question: normalised p^alpha (1-p)^beta, with 0**0 = 1.
+    """Weight of each question: normalised p^alpha (1-p)^beta, with 0**0 = 1; or another kernel, for comparison.
 
     Args:
         pass_rates_P: [P] pass rates in [0, 1], one per question. NaN marks a question without a single verified
@@ -48,6 +55,10 @@ def question_weights(
             without any success still carry a signal.
         floor_one: the raw kernel at p = 1 is raised to at least this, to keep distilling solved questions.
         constant: divisor of ``normalizer="constant"``.
+        kernel: ``"beta"``; ``"interval"``: 1 where low <= p <= high, else 0 (the hard filter PACED is compared with);
+            ``"gaussian"``: exp(-(p - centre)^2 / (2 width^2)).
+        low, high: bounds of the interval, both inside.
+        centre, width: mean and standard deviation of the gaussian.
 
     Returns:
         [P] weights, without gradient. float64 stays float64, everything else comes back as float32. A batch whose
@@ -66,7 +77,14 @@ def question_weights(
 
     measured_P = ~rates_P.isnan()
     rates_P = rates_P.masked_fill(~measured_P, 0.0)
-    raw_P = beta_kernel(rates_P, alpha=alpha, beta=beta)
+    if kernel == "beta":
+        raw_P = beta_kernel(rates_P, alpha=alpha, beta=beta)
+    elif kernel == "interval":
+        raw_P = interval_kernel(rates_P, low=low, high=high)
+    elif kernel == "gaussian":
+        raw_P = gaussian_kernel(rates_P, centre=centre, width=width)
+    else:
+        raise ValueError(f"kernel {kernel!r} is unknown; allowed: {', '.join(KERNELS)}")
     if floor_zero is not None:
         raw_P = torch.where(rates_P == 0, raw_P.clamp(min=floor_zero), raw_P)
     if floor_one is not None:
@@ -84,6 +102,30 @@ def beta_kernel(rates_P: Tensor, *, alpha: float, beta: float) -> Tensor:
         [P] kernel values. An exponent of 0 contributes a factor of exactly 1.
     """
     return rates_P.pow(alpha) * (1.0 - rates_P).pow(beta)
+
+
+def interval_kernel(rates_P: Tensor, *, low: float, high: float) -> Tensor:
+    """1 where low <= p <= high, else 0: the hard filter that PACED is compared with.
+
+    Raises:
+        ValueError: bounds outside [0, 1] or in the wrong order.
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"low and high must be ordered and lie in [0, 1], found {low} and {high}")
+    # A rate k/K and a bound written in decimals may differ in the last bit.
+    inside_P = (rates_P >= low - RATE_TOLERANCE) & (rates_P <= high + RATE_TOLERANCE)
+    return inside_P.to(rates_P.dtype)
+
+
+def gaussian_kernel(rates_P: Tensor, *, centre: float, width: float) -> Tensor:
+    """exp(-(p - centre)^2 / (2 width^2)): a bell that, unlike the Beta kernel, is not 0 at p = 0 and p = 1.
+
+    Raises:
+        ValueError: ``width`` is not positive.
+    """
+    _check_number("centre", centre)
+    _check_number("width", width, above=0.0)
+    return torch.exp(-0.5 * ((rates_P - centre) / width).square())
 
 
 def normalize(

@@ -25,6 +25,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext import engine, teacher
 from verl_ext.config import DistillConfig, distill_config
+from verl_ext.gradient_sketch import GradientSketch
 from verl_ext.loss import WEIGHT, Loss
 from verl_ext.packing import lengths, to_jagged
 from verl_ext.passes import ROW_ID, ForwardPass, StudentPass, TeacherPass, rollout_temperature, settle_mixed_teacher
@@ -139,6 +140,12 @@ class DistillWorker(ActorRolloutRefWorker):
             super().init_model()
         if self.distill.enabled:
             self._check_models()
+        self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def enter_stage(self, distill: dict[str, Any]) -> None:
+        """Another block from the next step on; the teacher, its weights and its place stay."""
+        self.distill = distill_config(distill)
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
 
     @staticmethod
@@ -330,6 +337,18 @@ class DistillWorker(ActorRolloutRefWorker):
     def load_teacher(self, folder: str) -> None:
         """Reads this rank's fp32 shards."""
         teacher.load(self._teacher_shards(), Path(folder), self.rank, self.world_size)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def measure_gradients(self, dimensions: int, seed: int) -> None:
+        """From now on an optimiser step projects the gradient and leaves the weights alone."""
+        self.actor.engine.sketch = GradientSketch(dimensions, seed)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def take_gradients(self) -> list[torch.Tensor]:
+        """The projections since the last call, one float64 [dimensions] per optimiser step; equal on every rank."""
+        sketch = self.actor.engine.sketch
+        vectors, sketch.vectors = sketch.vectors, []
+        return vectors
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def digests(self) -> dict[str, str]:

@@ -16,10 +16,11 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe import sample_settings, settings
+from recipe import sample_settings, settings, snr_settings, teacher_text_settings
 from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
 from recipe.train import help_text, main
 from verl_ext import config as distill
+from verl_ext import forgetting_config
 from verl_ext.config import ConfigError, DistillConfig, distill_config
 from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
 from verl_ext.verifier_config import VerifierConfig
@@ -27,6 +28,12 @@ from verl_ext.verifier_config import VerifierConfig
 pytestmark = pytest.mark.contract
 
 PRESETS = [f"{group}={name}" for group in GROUPS for name in choices(group)]
+
+
+BLOCKS = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaults(),
+          "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig()),
+          "forgetting": forgetting_config.defaults(), "snr": snr_settings.defaults(),
+          "text": teacher_text_settings.defaults()}  # fmt: skip
 
 
 def block(*overrides: str) -> dict[str, Any]:
@@ -52,15 +59,21 @@ def test_the_primary_config_is_sc_sdpo_on_the_tiny_world_and_validates() -> None
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_validates(preset: str) -> None:
-    needed = {"teacher=external": ["distill.teacher.path=some/model"]}
+    external = ["distill.teacher.path=some/model"]
+    methods = ("paced_distill", "paced_two_stage", "paced_two_stage_reversed")
+    needed = dict.fromkeys(["teacher=external", *(f"method={name}" for name in methods)], external)
+    needed |= dict.fromkeys(("sequences=reference", "sequences=teacher_text"), ["context=none", "weighting=uniform"])
     config = compose_config([preset, *needed.get(preset, [])])
     distill_config(config.distill)
     assert OmegaConf.to_container(config, resolve=True), "every interpolation resolves"
 
 
-def test_the_sampler_s_config_composes() -> None:
+def test_the_configs_of_the_other_commands_compose() -> None:
     config = compose_config(["sample.out=somewhere"], name="sample")
     assert sample_settings.sample_config(config).k == sample_settings.SampleConfig().k
+    assert sample_settings.sample_config(compose_config(["sample.out=x"], name="pass_rates")).split == "train"
+    assert snr_settings.snr_config(compose_config(["snr.out=x"], name="snr")).bins == snr_settings.SnrConfig().bins
+    assert compose_config(["sample.out=x", "text.out=y"], name="teacher_text").text.key == "teacher_text"
 
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
@@ -86,7 +99,7 @@ def test_a_composed_block_has_exactly_the_keys_of_the_dataclass() -> None:
 
 
 def yaml_files() -> list[Path]:
-    return [path for path in CONF.rglob("*.yaml") if path.parent.name != "study"]
+    return [path for path in CONF.rglob("*.yaml") if path.parent.name != "study" and path.name != "agent_loops.yaml"]
 
 
 @pytest.mark.parametrize("path", yaml_files(), ids=lambda path: str(path.relative_to(CONF)))
@@ -98,9 +111,12 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         found = {"distill": {package.removeprefix("distill."): found}}
     known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
     known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
+    for name in ("sample", "forgetting", "snr", "text"):
+        known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
+    found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
     found.get("verifier", {}).pop("options", None)  # they belong to the function: test_data_presets.py
-    ours = {key for key in flat(found) if key.split(".")[0] in ("distill", "run", "verifier")}
+    ours = {key for key in flat(found) if key.split(".")[0] in BLOCKS}
     assert ours <= known
 
 
@@ -117,11 +133,9 @@ def test_the_templates_are_sdpo_s_byte_for_byte() -> None:
 
 def test_configuration_docs_name_every_key_with_its_default() -> None:
     rows = [line for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith(("| `distill.", "| `run.", "| `sample.", "| `verifier."))]
+            if line.startswith(tuple(f"| `{name}." for name in BLOCKS))]
     documented = {line.split("`")[1]: [cell.strip() for cell in line.strip("|").split("|")] for line in rows}
-    blocks = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaults(),
-              "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig())}
-    expected = {f"{name}.{key}": value for name, values in blocks.items() for key, value in flat(values).items()}
+    expected = {f"{name}.{key}": value for name, values in BLOCKS.items() for key, value in flat(values).items()}
     assert set(documented) == set(expected)
     for key, value in expected.items():
         if key.endswith("_template"):
@@ -136,8 +150,8 @@ def test_the_methods_page_names_functions_keys_and_presets_that_exist() -> None:
     assert len(names) > 20
     for name in names:
         assert pkgutil.resolve_name(name) is not None
-    keys = set(flat({"distill": distill.defaults(), "run": settings.defaults()}))
-    for key in re.findall(r"`((?:distill|run)\.[a-z_.]+[a-z])`", page):
+    keys = set(flat(BLOCKS))
+    for key in re.findall(r"`((?:distill|run|forgetting|snr)\.[a-z_.]+[a-z])`", page):
         assert key in keys or any(known.startswith(f"{key}.") for known in keys), key
     for group, preset in re.findall(rf"`({'|'.join(GROUPS)})=(\w+)`", page):
         assert preset in choices(group), f"{group}={preset}"

@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.compose import ROOT, choices, compose_config
-from recipe.preflight import _files, _how_to_make, preflight
+from recipe.preflight import _how_to_make, preflight
 from verl_ext.config import ConfigError
+from verl_ext.question_data import file_list
 from verl_ext.verifier_config import check_function, verifier_config
 
 pytestmark = pytest.mark.contract
@@ -30,8 +31,8 @@ def test_the_verifier_exists_and_takes_its_options(name: str) -> None:
 @pytest.mark.parametrize("name", choices("data"))
 def test_the_files_have_the_folder_of_the_command_that_makes_them(name: str) -> None:
     data = compose_config([f"data={name}"]).data
-    files = [Path(file) for key in ("train_files", "val_files") for file in _files(data[key])]
-    assert files and (bool(_files(data.train_files)) != (name in EVALUATION))
+    files = [Path(file) for key in ("train_files", "val_files") for file in file_list(data[key])]
+    assert files and (bool(file_list(data.train_files)) != (name in EVALUATION))
     text = (ROOT / "conf" / "data" / f"{name}.yaml").read_text(encoding="utf-8")
     for file in files:
         folder = file.relative_to(ROOT / "data").parts[0]

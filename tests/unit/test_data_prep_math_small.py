@@ -38,6 +38,7 @@ def test_gsm8k_rows(tmp_path):
     assert row["prompt"][0]["content"] == (
         "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
+    assert row["extra_info"]["problem"] == "How many?"
     assert row["extra_info"]["solution"] == "It is 2 * 600 = $1,200.\nDone."
     assert row["extra_info"]["demonstration"].endswith("Done.\n\nThe final answer is $\\boxed{1200}$.")
     (test,) = rows_of(tmp_path / "out", "test")

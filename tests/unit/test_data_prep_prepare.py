@@ -95,11 +95,13 @@ def test_files_rows_and_manifest(run):
     assert sorted(rows[0]["extra_info"]) == [
         "demonstration",
         "index",
+        "problem",
         "question_id",
         "solution",
         "split",
         "tags",
     ]
+    assert [row["extra_info"]["problem"] for row in rows] == ["a {problem}", "b"]
     manifest = manifest_of(out)
     assert manifest["counts"] == {
         "records_read": {"train": 2, "test": 1},

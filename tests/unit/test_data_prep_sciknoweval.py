@@ -139,6 +139,7 @@ def test_split_files_keep_their_split(tmp_path, capsys):
         train, test = (rows_of(tmp_path / "out" / domain, split) for split in ("train", "test"))
         assert [row["extra_info"]["idx"] for row in (*train, *test)] == [0, 1, 2, 3, 4, 7]
         assert {row["data_source"] for row in train} == {f"sciknoweval_{domain}"}
+        assert {row["extra_info"]["problem"] for row in train} == {""}, "the bare question lacks its options"
         assert len(train[0]["extra_info"]["choices"]) == 2 and "two options" in train[0]["prompt"][0]["content"]
         assert train[4]["prompt"][1]["content"] == sdpo(4)["prompt"]
     capsys.readouterr()

@@ -69,6 +69,7 @@ def test_rows_of_split_files(tmp_path, capsys):
     assert first["prompt"] == [{"role": "user", "content": prompt("Show Tom 1")}]
     assert second["prompt"][0] == {"role": "system", "content": "Be brief."}
     assert first["reward_model"]["ground_truth"] == json.dumps(GOLD)
+    assert first["extra_info"]["problem"] == "", "the bare question lacks the tools' documentation"
     assert first["extra_info"]["demonstration"] == 'Action: getCat\nAction Input: {"name": "Tom"}'
     assert (first["extra_info"]["api"], first["extra_info"]["gold_problem"], first["extra_info"]["idx"]) == (
         "Cats",

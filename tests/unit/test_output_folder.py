@@ -69,8 +69,18 @@ def test_a_whole_checkpoint_of_the_same_run_is_resumed(folder: Callable[..., Pat
 
 
 def test_a_run_without_a_checkpoint_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     assert "without a checkpoint" in refusal(config(), tmp_path)
+
+
+def test_a_run_stopped_before_its_first_step_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert check_output_folder(config(), tmp_path) == 0
+
+
+def test_a_run_whose_stages_depend_on_its_length_keeps_it(folder: Callable[..., Path]) -> None:
+    made = config(distill__schedule={"switch": 0.5})
+    assert "run.steps=40" in refusal(config(distill__schedule={"switch": 0.5}, run__steps=80), folder(made))
 
 
 @pytest.mark.parametrize(
