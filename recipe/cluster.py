@@ -47,6 +47,8 @@ def prepare_environment(platform: str | None) -> dict[str, str]:
 def needed(config: DictConfig) -> dict[str, float]:
     """Logical resources of all actors of a run."""
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    block = config.distill.teacher
+    teacher = (block.workers or 0) * block.nodes if config.distill.coefficient > 0 else 0
     storage = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
     parts = {
         "placement group, 3 CPUs a rank": 3 * ranks,
@@ -54,8 +56,9 @@ def needed(config: DictConfig) -> dict[str, float]:
         "reward workers": config.reward.num_workers,
         "TransferQueue controller and storage": 1 + storage,
         "rollout servers": ranks,
+        "teacher, 3 CPUs a worker": 3 * teacher,
     }
-    return {"CPU": float(sum(parts.values())), "GPU": float(ranks)}
+    return {"CPU": float(sum(parts.values())), "GPU": float(ranks + teacher)}
 
 
 def check_resources(config: DictConfig, available: dict[str, float]) -> None:

@@ -175,6 +175,13 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
             f"algorithm.rollout_correction.{asked[0]} is {correction[asked[0]]!r}; allowed: null with "
             "distill.sequences.source=reference, because replayed text was not sampled"
         )
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    teachers = (method.teacher.workers or 1) * method.teacher.nodes
+    if not method.teacher.beside and ranks % teachers:
+        raise ConfigError(
+            f"distill.teacher.workers x distill.teacher.nodes is {teachers}; allowed: a divisor of the student's "
+            f"{ranks} ranks, whose rows it reads"
+        )
     _check_sequence_parallel(config)
     if actor.ppo_epochs != 1:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs is {actor.ppo_epochs}; allowed: 1 with distillation")

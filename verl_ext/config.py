@@ -74,6 +74,8 @@ class TeacherConfig:
             makes the teacher's logits itself, in chunks, so the support may be the student's of that very update, or
             the whole vocabulary. ``auto``: log_probs for ``teacher_topk`` and ``sampled_token``, else hidden_states.
         offload: keep the copy in host memory and load it once per pass; the states go there too.
+        workers: so many workers (devices) of its own on each of ``nodes`` nodes, for ``external``; their product must
+            divide the student's ranks. None: it stands beside the student, on the same devices.
         self_check_tolerance: largest mean divergence, in nats, between teacher and student on equal prompts before the
             first step. A larger one stops the run. Not looked at for ``external``.
         on_negative_gap: what to do when the teacher with its context finds the student's right answers *less* likely
@@ -86,13 +88,20 @@ class TeacherConfig:
     path: str | None = None
     states: str = "auto"
     offload: bool = False
+    workers: int | None = None
+    nodes: int = 1
     self_check_tolerance: float = 1e-3
     on_negative_gap: str = "warn"
 
     @property
+    def beside(self) -> bool:
+        """Whether it is on the student's devices."""
+        return self.workers is None
+
+    @property
     def has_own_weights(self) -> bool:
-        """Whether a second model is built."""
-        return self.kind != "live"
+        """Whether a second model is built beside the student."""
+        return self.kind != "live" and self.beside
 
     @property
     def moves(self) -> bool:
@@ -105,6 +114,10 @@ class TeacherConfig:
         number("teacher.sync_every", self.sync_every, 1)
         if (self.kind == "external") != (self.path is not None):
             fail("teacher.path", self.path, "a model folder or hub name with kind=external, null otherwise")
+        optional_number("teacher.workers", self.workers, 1)
+        number("teacher.nodes", self.nodes, 1)
+        if self.workers is not None and self.kind != "external":
+            fail("teacher.workers", self.workers, "null, or a number with kind=external, whose weights stand still")
         one_of("teacher.states", self.states, TEACHER_STATES)
         number("teacher.self_check_tolerance", self.self_check_tolerance, 0.0)
         one_of("teacher.on_negative_gap", self.on_negative_gap, ON_NEGATIVE_GAP)
@@ -446,6 +459,9 @@ class DistillConfig:
         states = self.teacher.states
         if states == "hidden_states" and self.one_token:
             fail("teacher.states", states, "log_probs where only the sampled token's probability is compared")
+        if not self.teacher.beside and (self.support_pass or not self.divergence_loss):
+            fail("teacher.workers", self.teacher.workers, "null where the teacher needs what a student pass leaves "
+                 "(student_topk with states=log_probs, carrier=advantage)")  # fmt: skip
         if self.one_token or self.divergence.support != "full":
             return
         if states == "log_probs":

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 from tensordict import TensorDict
+from verl.single_controller.ray.base import RayWorkerGroup
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -31,6 +32,9 @@ from verl_ext.training_questions import TrainingQuestions
 
 class QuestionTrainer(PPOTrainerSync):
     """verl's trainer over questions that may change while the run goes on."""
+
+    teacher_wg: RayWorkerGroup | None = None
+    """Workers of a teacher that does not stand beside the student."""
 
     def __init__(self, config: DictConfig, sink: StepSink) -> None:
         self.distill = distill_config(config.distill)
@@ -95,7 +99,9 @@ class QuestionTrainer(PPOTrainerSync):
         stage = self.questions.begin(done)
         if stage != self.distill:
             self.distill = stage
-            self.actor_rollout_wg.enter_stage(asdict(stage))
+            for group in (self.actor_rollout_wg, self.teacher_wg):
+                if group is not None:
+                    group.enter_stage(asdict(stage))
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         if self.questions.stream is None:

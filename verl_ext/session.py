@@ -98,7 +98,8 @@ def _end(trainer: DistillTrainer | None, agent_loops: Any, hosts: list[Any]) -> 
     actors: list[Any] = list(hosts)
     actors += [worker for worker in getattr(agent_loops, "agent_loop_workers", None) or [] if worker not in actors]
     actors += getattr(getattr(trainer, "reward_loop_manager", None), "reward_loop_worker_handles", None) or []
-    actors += getattr(getattr(trainer, "actor_rollout_wg", None), "workers", None) or []
+    for group in ("actor_rollout_wg", "teacher_wg"):
+        actors += getattr(getattr(trainer, group, None), "workers", None) or []
     servers = getattr(trainer, "llm_server_manager", None)
     for replica in servers.get_replicas() if servers is not None else []:
         actors += replica.servers

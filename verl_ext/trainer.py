@@ -42,6 +42,7 @@ from verl_ext.row_metrics import row_metrics, take_row_statistics
 from verl_ext.row_records import sampled_completions, skipped_rows
 from verl_ext.step_sink import StepSink, Tee
 from verl_ext.teacher_checks import GapAlarm, check_equality
+from verl_ext.teacher_worker import POOL, start_teacher
 from verl_ext.validation import validation_metrics
 from verl_ext.verifier_config import verifier_config
 from verl_ext.verifier_watch import VerifierWatch
@@ -61,6 +62,7 @@ class DistillTrainer(QuestionTrainer):
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
         self._self_check: dict[str, float] = {}
+        self._teacher_head_sent = False
         self._resumed = False
         self._trained = False
         self._warned_of_short_groups = False
@@ -97,6 +99,15 @@ class DistillTrainer(QuestionTrainer):
             role = Role.ActorRolloutRef
         self.role_worker_mapping[role] = worker
         self.mapping[role] = pool
+        teacher = self.distill.teacher
+        if self.distill.enabled and not teacher.beside:
+            self.resource_pool_manager.resource_pool_spec[POOL] = [teacher.workers] * teacher.nodes
+
+    def _setup(self) -> None:
+        super()._setup()
+        if POOL in self.resource_pool_manager.resource_pool_dict:
+            pool = self.resource_pool_manager.resource_pool_dict[POOL]
+            self.teacher_wg = start_teacher(self.config, pool, device_name=self.config.trainer.device)
 
     def on_init_end(self) -> None:
         for rank, parts in enumerate(self.actor_rollout_wg.describe()):
@@ -212,7 +223,7 @@ class DistillTrainer(QuestionTrainer):
         with marked_timer("student_pass", timing_raw):
             self._student_pass(work, metrics)
         with marked_timer("teacher_pass", timing_raw):
-            self._call(self.actor_rollout_wg.compute_teacher, work, settings)
+            self._teacher_pass(work, settings)
             metrics.update(self._self_check)
             self._self_check = {}
             if self.distill.carrier == "advantage":
@@ -264,6 +275,15 @@ class DistillTrainer(QuestionTrainer):
         number = data[MINI_BATCH].unique().tolist()[index]
         ids = data[ROW_ID][data[MINI_BATCH] == number].tolist()
         return skipped_rows(rows, plan, [i for i in ids if i >= 0], suspects)
+
+    def _teacher_pass(self, work: KVBatchMeta, settings: dict) -> None:
+        if self.teacher_wg is None:
+            self._call(self.actor_rollout_wg.compute_teacher, work, settings)
+            return
+        self._call(self.teacher_wg.compute_states, work, settings)
+        if self.distill.teacher_states == "hidden_states" and not self._teacher_head_sent:
+            self.actor_rollout_wg.set_teacher_head(next(head for head in self.teacher_wg.head() if head is not None))
+            self._teacher_head_sent = True
 
     def _meta(self, work: KVBatchMeta, extra_info: dict) -> KVBatchMeta:
         """A meta of its own per call: verl's calls write into it, and a stale one hides newer fields."""

@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
 from verl.utils.py_functional import append_to_dict
 from verl.workers.config import HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -31,6 +32,7 @@ from verl_ext.packing import lengths, to_jagged
 from verl_ext.passes import ROW_ID, ForwardPass, StudentPass, TeacherPass, rollout_temperature, settle_mixed_teacher
 from verl_ext.row_store import STORE
 from verl_ext.student_values import Discrepancy
+from verl_ext.teacher_states import take_states
 
 MINI_BATCH = "mini_batch"
 """Field: int64 [B], the mini-batch the row was assigned to."""
@@ -127,6 +129,7 @@ class DistillWorker(ActorRolloutRefWorker):
 
     actor_worker_cls = DistillTrainingWorker
     ref_worker_cls = DistillTrainingWorker
+    _teacher_head: torch.Tensor | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -141,6 +144,11 @@ class DistillWorker(ActorRolloutRefWorker):
         if self.distill.enabled:
             self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def set_teacher_head(self, head: torch.Tensor) -> None:
+        """The head of a teacher that has workers of its own, [V, E]; it stands still."""
+        self._teacher_head = head.to(get_device_id())
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def enter_stage(self, distill: dict[str, Any]) -> None:
@@ -222,6 +230,8 @@ class DistillWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict:
         """verl's update; what the passes left for it is forgotten afterwards, before the rollout needs the memory."""
+        if not self.distill.teacher.beside:
+            take_states(data, self._teacher_head)
         output = self.actor.train_mini_batch(data=data)
         STORE.clear()
         return self._forwarded(output)

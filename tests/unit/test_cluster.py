@@ -11,9 +11,12 @@ from recipe.cluster import CPU_ENVIRONMENT, PLUGIN, check_resources, importing, 
 from verl_ext.config import ConfigError
 
 
-def config(gpus: int = 1, nodes: int = 1, agents: int = 1, rewards: int = 1, storage: int = 1) -> DictConfig:
+def config(
+    gpus: int = 1, nodes: int = 1, agents: int = 1, rewards: int = 1, storage: int = 1, teacher: int | None = None
+) -> DictConfig:
     return OmegaConf.create(
         {
+            "distill": {"coefficient": 1.0, "teacher": {"workers": teacher, "nodes": 2}},
             "trainer": {"n_gpus_per_node": gpus, "nnodes": nodes},
             "actor_rollout_ref": {"rollout": {"agent": {"num_workers": agents}}},
             "reward": {"num_workers": rewards},
@@ -43,6 +46,11 @@ def test_other_workers_and_storage_units_add_one_cpu_each() -> None:
     assert needed(config(agents=8))["CPU"] == base + 7
     assert needed(config(rewards=8))["CPU"] == base + 7
     assert needed(config(storage=8))["CPU"] == base + 7
+
+
+def test_a_teacher_on_workers_of_its_own_is_counted() -> None:
+    base, apart = needed(config()), needed(config(teacher=4))
+    assert apart["GPU"] - base["GPU"] == 8 and apart["CPU"] - base["CPU"] == 24
 
 
 def test_a_cluster_that_is_just_large_enough_is_taken() -> None:
