@@ -242,7 +242,7 @@ class DistillWorker(ActorRolloutRefWorker):
         support = "none"
         if not self.distill.one_token:
             support = {"student_topk": "given"}.get(divergence.support, divergence.support)
-        parts = [(self.ref if settings.has_own_weights else self.actor, 1.0)]
+        parts = [(self.actor if settings.kind == "live" else self.ref, 1.0)]
         if settings.kind == "trust_region":
             parts = [(self.ref, 1.0 - settings.update_rate), (self.actor, settings.update_rate)]
         keep = self.distill.teacher_states if len(parts) == 1 else "hidden_states"

@@ -21,6 +21,9 @@ PACED = [
     "distill.weighting.samples=4",
     "actor_rollout_ref.rollout.n=2",
     "run.save_every=1",
+    # So that two steps change what the student answers.
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
 ]
 
 
@@ -59,11 +62,9 @@ def test_two_stages_run_and_say_so(whole: Path, records: Any, data: Path) -> Non
     assert rows and all(row["response"] == solutions[row["question_id"]] for row in rows if row["step"] <= SWITCH)
 
 
-@pytest.mark.parametrize("done", [SWITCH - 1, SWITCH, SWITCH + 1])
-def test_a_run_stopped_around_the_switch_ends_with_the_same_weights(
-    whole: Path, runs: Any, records: Any, done: int
-) -> None:
-    folder = runs.folder / f"paced_resumed_{done}"
+def test_a_run_stopped_at_the_switch_ends_with_the_same_weights(whole: Path, runs: Any, records: Any) -> None:
+    # Every other step, and other shapes of runs, without the stack: tests/unit/test_training_questions.py.
+    done, folder = SWITCH, runs.folder / "paced_resumed"
     shutil.copytree(whole, folder)
     for checkpoint in (folder / "checkpoints").glob("global_step_*"):
         if int(checkpoint.name.rsplit("_", 1)[1]) > done:
@@ -87,12 +88,10 @@ def test_a_teacher_on_workers_of_its_own_teaches_the_same(runs: Any, records: An
     ]
     beside = records(runs("teacher_beside", *asked, steps=2)[1])
     apart = records(runs("teacher_apart", *asked, "distill.teacher.workers=1", steps=2)[1])
+    assert len(apart) == len(beside) == 2
     for ours, theirs in zip(apart, beside, strict=True):
         assert ours["distill/loss"] == pytest.approx(theirs["distill/loss"], rel=2e-5)
         assert ours["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=2e-5)
-    topk = ["divergence=forward_kl_teacher_topk", "distill.divergence.topk=20"]
-    (one,) = records(runs("topk_apart", *asked, *topk, "distill.teacher.workers=1", steps=1)[1])
-    assert one["distill/loss"] == pytest.approx(beside[0]["distill/loss"], rel=0.05)
 
 
 def test_gradients_of_single_questions_become_a_report_and_are_not_measured_twice(
