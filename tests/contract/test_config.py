@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe import sample_settings, settings, snr_settings, teacher_text_settings
 from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
+from recipe.study_file import read_study
 from recipe.train import help_text, main
 from verl_ext import config as distill
 from verl_ext import forgetting_config
@@ -74,6 +75,15 @@ def test_the_configs_of_the_other_commands_compose() -> None:
     assert sample_settings.sample_config(compose_config(["sample.out=x"], name="pass_rates")).split == "train"
     assert snr_settings.snr_config(compose_config(["snr.out=x"], name="snr")).bins == snr_settings.SnrConfig().bins
     assert compose_config(["sample.out=x", "text.out=y"], name="teacher_text").text.key == "teacher_text"
+
+
+@pytest.mark.parametrize("name", ["paced", "paced_ablations"])
+def test_every_entry_of_a_declared_study_composes(name: str) -> None:
+    study = read_study(CONF / "study" / f"{name}.yaml")
+    first = {run.entry: run for run in study.runs if run.seed == 0}
+    assert len(first) == len(study.entries) and len(study.runs) == 3 * len(first)
+    composed = {entry: compose_config(run.overrides) for entry, run in first.items()}
+    assert len({str(config.distill) for config in composed.values()}) == len(composed), "no entry repeats another"
 
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:

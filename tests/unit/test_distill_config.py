@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from verl_ext import divergence_kinds, token_losses
-from verl_ext.config import CLIP_LEVELS, DIVERGENCES, INPUTS, SUPPORTS, ConfigError, DivergenceConfig, distill_config
+from verl_ext.config import ConfigError, DivergenceConfig, distill_config
+from verl_ext.config_axes import CLIP_LEVELS, DIVERGENCES, INPUTS, SUPPORTS
 from verl_ext.student_values import measure_of
 
 FULL = {"support": "full", "tail": False}

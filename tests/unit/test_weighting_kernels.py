@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_ext.config import KERNELS as CONFIG_KERNELS
+from verl_ext.config_axes import KERNELS as CONFIG_KERNELS
 from verl_ext.weighting import KERNELS, gaussian_kernel, interval_kernel, question_weights
 
 RATES = st.integers(1, 16).flatmap(
