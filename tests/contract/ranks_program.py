@@ -27,6 +27,7 @@ from verl.utils import tensordict_utils as tu  # noqa: E402
 
 from recipe.compose import check, compose_config  # noqa: E402
 from verl_ext.config import distill_config  # noqa: E402
+from verl_ext.gradient_sketch import GradientSketch  # noqa: E402
 from verl_ext.loss import Loss  # noqa: E402
 from verl_ext.packing import to_jagged  # noqa: E402
 from verl_ext.row_store import STORE  # noqa: E402
@@ -67,6 +68,7 @@ class Rank:
         self.engines = [worker.engine for worker in (self.worker.actor, self.worker.ref) if worker is not None]
         self.start = [[p.detach().clone() for p in engine.module.parameters()] for engine in self.engines]
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.sketches: list[torch.Tensor] = []
         self.weights: list[dict[str, torch.Tensor]] = []
         self.dump = False
         self._watch(self.worker.actor.engine)
@@ -76,6 +78,7 @@ class Rank:
 
         def watched() -> float:
             self.gradients.append({name: full(p.grad) for name, p in actor.module.named_parameters()})
+            self.sketches.append(GradientSketch(64, seed=3).take(actor.module, dist.group.WORLD).cpu())
             norm = step()
             if self.dump:
                 self.weights.append(full_weights(actor))
@@ -93,7 +96,7 @@ class Rank:
         optimizer.zero_grad()
         optimizer.state.clear()
         STORE.clear()
-        self.gradients, self.weights, self.dump = [], [], dump
+        self.gradients, self.sketches, self.weights, self.dump = [], [], [], dump
         block = OmegaConf.merge(self.distill, OmegaConf.from_dotlist(distill))
         self.worker.distill = distill_config(block)
         self.worker.actor.set_loss_fn(Loss(self.worker.distill, self.worker.actor.loss_fn.actor_config))
@@ -165,6 +168,7 @@ def run_case(rank: Rank, case: dict[str, Any], rows: list[dict[str, Any]]) -> di
         step = {
             "metrics": dict(tu.get(output, "metrics")),
             "gradients": rank.gradients[first:],
+            "sketches": rank.sketches[first:],
             "weights": rank.weights[first:],
             "updated": worker.actor.updated,
             "kept": kept,

@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from recipe.compose import ROOT
+from verl_ext.gradient_sketch import GradientSketch
 
 pytestmark = pytest.mark.contract
 
@@ -872,6 +874,16 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def single_step(results: dict[str, Any], textbook_of: Textbook, case: Case) -> None:
     (step,) = results[case.name]["steps"]
     check(step, [textbook_of.step(case)], case)
+
+
+@pytest.mark.parametrize("name", [case.name for case in (*measured(), *laid_out())])
+def test_a_gradient_s_projection_is_that_of_the_whole_gradient_on_any_number_of_ranks(name, results):
+    (step,) = results[name]["steps"]
+    for gradient, found in zip(step["gradients"], step["sketches"], strict=True):
+        whole = torch.nn.Module()
+        whole.named_parameters = lambda gradient=gradient: ((n, SimpleNamespace(grad=g)) for n, g in gradient.items())
+        expected = GradientSketch(64, seed=3).take(whole)
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [case.name for case in measured()])
