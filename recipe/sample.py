@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.cluster import importing, prepare_environment, ray_cluster
-from recipe.command import exit_code, preset_lines
+from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.environment import versions
@@ -264,19 +264,13 @@ def help_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(help_text())
-        return 0
-
-    def work() -> None:
-        overrides = [argument for argument in arguments if argument != "--cfg"]
-        if "--cfg" in arguments:
-            print(OmegaConf.to_yaml(compose_config(overrides, name="sample"), resolve=True))
-            return
-        run(compose(overrides))
-
-    return exit_code(work, REFUSALS)
+    return command_line(
+        arguments,
+        help_text=help_text,
+        config_name="sample",
+        run=lambda overrides: run(compose(overrides)),
+        refusals=REFUSALS,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.cluster import importing, prepare_environment, ray_cluster
-from recipe.command import exit_code, preset_lines
+from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_writable
@@ -22,6 +22,7 @@ from recipe.run_files import write_atomically
 from recipe.sample_data import read_questions
 from recipe.snr_settings import SnrConfig, snr_config
 from verl_ext.config import ConfigError
+from verl_ext.gradient_files import finished, read_gradients
 from verl_ext.sample_store import StoreError, differences
 
 HELP = """Signal-to-noise ratio of per-question gradients by pass rate (PACED): is there a bell, with which exponents?
@@ -77,10 +78,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     preflight(config)
     _check_folder(folder, _settings(config))
     with console or RunConsole(
-        folder / "snr.log", config.run.steps, config.run.quiet, tail_lines=config.run.log_tail
+        folder / "snr.log", len(wanted), config.run.quiet, unit="question", tail_lines=config.run.log_tail
     ) as screen:
-        from verl_ext.gradient_trainer import finished, read_gradients
-
         missing = len(set(wanted) - set(finished(folder)))
         screen.phase(f"{len(wanted)} questions, {missing} gradients are missing")
         if missing:
@@ -101,7 +100,7 @@ def _measure_only(config: DictConfig, folder: Path, questions: int) -> None:
     with open_dict(config):
         config.actor_rollout_ref.actor.ppo_mini_batch_size = 1
         config.data.train_batch_size = min(config.data.train_batch_size, questions)
-        config.distill.weighting |= {"kernel": "beta", "alpha": 0.0, "beta": 0.0, "normalizer": "none"}
+        config.distill.weighting.update({"kernel": "beta", "alpha": 0.0, "beta": 0.0, "normalizer": "none"})
         config.distill.schedule = {"switch": None, "second": {}, "recompute_pass_rates": True}
         config.run.output_dir = str(folder)
         config.run.steps = -(-questions // config.data.train_batch_size)
@@ -144,13 +143,13 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
 class _Sink:
     """Takes the trainer's progress to the terminal."""
 
-    def __init__(self, screen: RunConsole, per_step: int) -> None:
-        self._screen, self._per_step = screen, per_step
+    def __init__(self, screen: RunConsole) -> None:
+        self._screen = screen
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """A line per step."""
         if "gradients/questions" in values:
-            self._screen.note(f"step {step}: gradients of {values['gradients/questions']:.0f} questions")
+            self._screen.progress(int(values["gradients/questions"]), "questions have their gradient")
 
     def phase(self, text: str) -> None:
         """A stage of the start."""
@@ -177,8 +176,7 @@ def _measure(config: DictConfig, block: SnrConfig, folder: Path, wanted: list[st
         from verl_ext.session import run_session
 
         trainer = partial(GradientTrainer, folder=folder, wanted=wanted, dimensions=block.dimensions)
-        sink = _Sink(screen, config.data.train_batch_size)
-        run_session(config, sink, start(config), seed=config.run.seed, trainer_class=trainer)
+        run_session(config, _Sink(screen), start(config), seed=config.run.seed, trainer_class=trainer)
 
 
 def _report(
@@ -220,19 +218,13 @@ def help_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(help_text())
-        return 0
-
-    def work() -> None:
-        overrides = [argument for argument in arguments if argument != "--cfg"]
-        if "--cfg" in arguments:
-            print(OmegaConf.to_yaml(compose_config(overrides, name="snr"), resolve=True))
-            return
-        run(compose(overrides))
-
-    return exit_code(work, REFUSALS)
+    return command_line(
+        arguments,
+        help_text=help_text,
+        config_name="snr",
+        run=lambda overrides: run(compose(overrides)),
+        refusals=REFUSALS,
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from recipe.cluster import needed, prepare_environment, ray_cluster
 from recipe.compose import ROOT, compose_config
 from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
+from recipe.run_files import write_atomically
+from recipe.study_chart import study_svg
 from recipe.study_file import KEYS, Study, StudyRun, read_study
 from recipe.study_rows import (
     cost_lines,
@@ -170,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("file", type=Path, metavar="FILE", help="the study, a YAML file such as conf/study/methods.yaml")
     made.add_argument("--dry-run", action="store_true", help="print the grid and its cost, run nothing")
     made.add_argument("--table", action="store_true", help="print a markdown table of the rows there are, run nothing")
+    made.add_argument("--plot", type=Path, metavar="SVG", help="draw the rows there are into this file, run nothing")
     made.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the rows")
     made.add_argument("--outputs", type=Path, default=Path("outputs") / "study", help="folder of the runs' own files")
     made.add_argument("--quiet", action="store_true", help="no line per step")
@@ -185,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = read_rows(options.results, study)
         if options.table:
             print(table(study, rows))
+            return 0
+        if options.plot is not None:
+            write_atomically(options.plot, study_svg(study, rows))
             return 0
         configs = configurations(study, options.outputs.absolute(), quiet=options.quiet)
         print("\n".join(cost_lines(study, rows)), flush=True)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from recipe import sample
-from recipe.command import exit_code, preset_lines
+from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.pass_rates import summarize
@@ -187,19 +187,13 @@ def help_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(help_text())
-        return 0
-
-    def work() -> None:
-        overrides = [argument for argument in arguments if argument != "--cfg"]
-        if "--cfg" in arguments:
-            print(OmegaConf.to_yaml(compose_config(overrides, name="teacher_text"), resolve=True))
-            return
-        run(compose(overrides))
-
-    return exit_code(work, sample.REFUSALS)
+    return command_line(
+        arguments,
+        help_text=help_text,
+        config_name="teacher_text",
+        run=lambda overrides: run(compose(overrides)),
+        refusals=sample.REFUSALS,
+    )
 
 
 if __name__ == "__main__":

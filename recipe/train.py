@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.cluster import importing, prepare_environment, ray_cluster
-from recipe.command import exit_code, preset_lines
+from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
@@ -205,19 +205,14 @@ def help_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(help_text())
-        return 0
-
-    def work() -> None:
-        config = compose_config([argument for argument in arguments if argument != "--cfg"])
-        if "--cfg" in arguments:
-            print(OmegaConf.to_yaml(config, resolve=True))
-            return
-        run(config)
-
-    return exit_code(work, (ConfigError, StoreError))
+    return command_line(
+        arguments,
+        help_text=help_text,
+        config_name="train",
+        run=lambda overrides: run(compose_config(overrides)),
+        refusals=(ConfigError, StoreError),
+        resolve=False,
+    )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
 
 from verl_ext.batch_plan import BatchPlan
+from verl_ext.gradient_files import finished, write_gradients
 from verl_ext.question_stream import QuestionStream
 from verl_ext.rollout_rows import RolloutRows
 from verl_ext.step_sink import StepSink
 from verl_ext.trainer import DistillTrainer
 from verl_ext.worker import MINI_BATCH
-
-PREFIX = "gradients_"
 
 
 class GradientTrainer(DistillTrainer):
@@ -72,7 +71,8 @@ class GradientTrainer(DistillTrainer):
             name, rate = self._question(rows, plan, number)
             if name is not None and name not in self._done and bool(vector.isfinite().all()):
                 found[name] = (rate, vector.numpy().astype(np.float32))
-        self._write(found)
+        write_gradients(self._out, found)
+        self._done.update(found)
         metrics["gradients/questions"] = float(len(self._done))
 
     def _question(self, rows: RolloutRows, plan: BatchPlan, number: int) -> tuple[str | None, float]:
@@ -84,43 +84,3 @@ class GradientTrainer(DistillTrainer):
             self.sink.warning(f"a group lost rollouts: no gradient of {', '.join(sorted(names))}")
             return None, 0.0
         return names.pop(), float(plan.rates_P[plan.question_index_N[part[0]]])
-
-    def _write(self, found: dict[str, tuple[float, np.ndarray]]) -> None:
-        if not found:
-            return
-        self._out.mkdir(parents=True, exist_ok=True)
-        target = self._out / f"{PREFIX}{len(list(self._out.glob(PREFIX + '*.npz'))):04d}.npz"
-        temporary = target.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                question_ids=np.array(list(found)),
-                rates=np.array([rate for rate, _ in found.values()]),
-                gradients=np.stack([vector for _, vector in found.values()]),
-            )
-        temporary.replace(target)
-        self._done.update(found)
-
-
-def finished(folder: Path) -> list[str]:
-    """Ids of the questions whose gradients are there."""
-    return read_gradients(folder)[0]
-
-
-def read_gradients(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Question ids, pass rates [P] and projected gradients [P, D] of all files in a folder.
-
-    Raises:
-        ValueError: a file is damaged; it is named.
-    """
-    names: list[str] = []
-    rates, gradients = [np.zeros(0)], []
-    for path in sorted(folder.glob(f"{PREFIX}*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                names += data["question_ids"].tolist()
-                rates.append(data["rates"])
-                gradients.append(data["gradients"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; remove it, its questions are asked again") from error
-    return names, np.concatenate(rates), np.concatenate(gradients) if gradients else np.zeros((0, 0))

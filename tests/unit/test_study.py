@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from recipe.compose import ROOT
 from recipe.environment import commit, machine, versions
 from recipe.run_files import RunFiles
 from recipe.study import configurations, main, output_folder, run_study
+from recipe.study_chart import study_svg
 from recipe.study_file import Study, parse_study, read_study
 from recipe.study_rows import cost_lines, expected_seconds, read_rows, row_path, table
 from verl_ext.config import ConfigError
@@ -46,7 +48,10 @@ def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Call
         value = accuracy(config)
         files.append_metrics(1, {"distill/loss": 0.5, "time/step": 2.0})
         files.append_metrics(2, {"distill/loss": 0.4, "val/mean@8": value, "val/maj@8": value + 0.1})
-        return {"method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html"}
+        validated = {"metric": "val/mean@8", "before": 0.25, "after": value}
+        return validated | {
+            "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html"
+        }  # fmt: skip
 
     run.calls = calls  # type: ignore[attr-defined]
     return run
@@ -310,3 +315,19 @@ def test_where_a_number_was_measured(tmp_path: Path) -> None:
     described = machine()
     assert described["cpu"] and described["cores"] >= 1 and described["memory_gib"] > 0
     assert commit(tmp_path) is None
+
+
+def test_a_study_is_drawn_with_a_dot_per_run_and_nothing_without_rows(tmp_path: Path) -> None:
+    study, run = declared(), training(lambda config: 0.5 + config.run.seed / 10)
+    go(study, tmp_path, run)
+    rows = read_rows(tmp_path / "results", study)
+    drawing = ElementTree.fromstring(study_svg(study, rows))
+    shape = "{http://www.w3.org/2000/svg}"
+    dots = drawing.findall(f"{shape}circle")
+    assert len(dots) == len(rows) == 4
+    places = {float(dot.get("cx")) for dot in dots}
+    assert len(places) == 2, "two seeds, two values"
+    texts = [text.text for text in drawing.findall(f"{shape}text")]
+    assert {"grpo", "sdpo"} <= set(texts) and any(text.startswith("before training 0.25") for text in texts)
+    with pytest.raises(ConfigError, match="no finished run"):
+        study_svg(study, {})
