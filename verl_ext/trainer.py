@@ -19,8 +19,6 @@ import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.protocol import DataProto
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.debug import marked_timer
@@ -37,6 +35,7 @@ from verl_ext.outcome_advantage import FIELDS as ADVANTAGE_FIELDS
 from verl_ext.outcome_advantage import outcome_advantages
 from verl_ext.passes import ROW_ID
 from verl_ext.question_trainer import QuestionTrainer
+from verl_ext.rollout_correction import correct_rollouts
 from verl_ext.rollout_rows import RolloutRows, read_rows, read_verdicts
 from verl_ext.row_metrics import row_metrics, take_row_statistics
 from verl_ext.row_records import sampled_completions, skipped_rows
@@ -300,7 +299,7 @@ class DistillTrainer(QuestionTrainer):
             self._compute_old_log_prob(self._meta(work, work.extra_info), metrics)
             correction = self.config.algorithm.get("rollout_correction", None) or {}
             if correction.get("rollout_is") or correction.get("rollout_rs"):
-                self._rollout_correction(work, correction, metrics)
+                metrics.update(correct_rollouts(work, correction))
         elif self.distill.student_pass:
             self._call(
                 self.actor_rollout_wg.compute_log_prob,
@@ -326,24 +325,6 @@ class DistillTrainer(QuestionTrainer):
         fields = outcome_advantages(data, batch.keys, broken, self.config.algorithm, rollouts)
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
         return batch
-
-    def _rollout_correction(self, work: KVBatchMeta, correction: Any, metrics: dict) -> None:
-        """verl's truncated rollout-to-train ratio, on the rows that are forwarded."""
-        data = tq.kv_batch_get(
-            keys=work.keys,
-            partition_id=work.partition_id,
-            select_fields=["old_log_probs", "rollout_log_probs", "response_mask"],
-        )
-        mask = data["response_mask"]
-        padded = DataProto(batch=data.to_padded_tensor())
-        batch, values = compute_rollout_correction_and_add_to_batch(padded, correction)
-        metrics.update(values)
-        fields = {"response_mask": response_to_nested(batch.batch["response_mask"], mask)}
-        if "rollout_is_weights" in batch.batch:
-            fields["rollout_is_weights"] = response_to_nested(batch.batch["rollout_is_weights"], mask)
-        tq.kv_batch_put(
-            keys=work.keys, partition_id=work.partition_id, fields=TensorDict(fields, batch_size=len(work.keys))
-        )
 
     def _teacher_advantage(self, work: KVBatchMeta, metrics: dict) -> dict[str, np.ndarray]:
         """Replaces the advantages of the rows in work by (1 - lambda) A + lambda w_q (log pi_T - log pi_S).
