@@ -249,18 +249,21 @@ def test_the_tracker_file_is_written_last_of_a_checkpoint() -> None:
 
 
 def test_everything_our_trainer_overrides_or_calls_exists_in_the_base_with_the_same_parameters() -> None:
+    from verl_ext.question_trainer import QuestionTrainer
     from verl_ext.trainer import DistillTrainer
 
     base = trainer_class()
     overridden = {
         "_init_dataloader", "_build_replay_buffer", "_init_resource_pool_mgr", "on_init_end", "_step_once",
         "_compute_old_log_prob", "_compute_advantage", "_update_actor", "on_step_end", "on_validate_begin",
-        "on_validate_end", "_val_metrics_update", "_save_checkpoint", "_load_checkpoint",
+        "on_validate_end", "_val_metrics_update", "_save_checkpoint", "_load_checkpoint", "_setup", "on_step_begin",
+        "_fetch_one_gen_batch", "_validate",
     }
     for name in overridden:
-        ours, theirs = inspect.signature(getattr(DistillTrainer, name)), inspect.signature(getattr(base, name))
-        assert list(ours.parameters) == list(theirs.parameters), name
-    shared = {name for name, value in vars(DistillTrainer).items() if callable(value) and hasattr(base, name)}
+        mine, theirs = inspect.signature(getattr(DistillTrainer, name)), inspect.signature(getattr(base, name))
+        assert list(mine.parameters) == list(theirs.parameters), name
+    ours = vars(QuestionTrainer) | vars(DistillTrainer)
+    shared = {name for name, value in ours.items() if callable(value) and hasattr(base, name)}
     assert shared - {"__init__", "__doc__", "__module__"} == overridden, "a method of ours hides one of verl's"
     for name in ("_compute_ref_log_prob", "on_sample_begin", "on_sample_end", "get_llm_client", "get_teacher_client",
                  "get_reward_handles", "init", "fit"):
