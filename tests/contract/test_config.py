@@ -170,6 +170,16 @@ def test_the_methods_page_names_functions_keys_and_presets_that_exist() -> None:
 
 # --------------------------------------------------------------------------------------------------- published presets
 
+PACED_WEIGHT = {
+    "distill.weighting.alpha": 1.0,
+    "distill.weighting.beta": 1.0,
+    "distill.weighting.normalizer": "mean_active",
+    "distill.weighting.rates": "store",
+    "distill.weighting.samples": 8,
+    "actor_rollout_ref.actor.optim.lr": 1e-7,
+    "actor_rollout_ref.rollout.temperature": 1.0,
+}
+
 PUBLISHED = {
     "method=sdpo": {
         "distill.coefficient": 1.0,
@@ -256,6 +266,51 @@ PUBLISHED = {
         "algorithm.pass_rate_kernel.beta": 0.0,
     },
     "weighting=beta_kernel": {"distill.weighting.alpha": 1.0, "distill.weighting.beta": 1.0},
+    # PACED (arXiv 2603.11178 v3).
+    "method=paced_distill": {
+        "distill.coefficient": 1.0,
+        "distill.teacher.kind": "external",
+        "distill.context.kind": "none",
+        "distill.sequences.source": "reference",
+        "distill.divergence.kind": "forward_kl",
+        "distill.divergence.support": "full",
+        **PACED_WEIGHT,
+    },
+    "method=paced_self": {
+        "distill.coefficient": 1.0,
+        "distill.teacher.kind": "frozen",
+        "distill.context.kind": "reference",
+        "distill.sequences.source": "student_rollouts",
+        "distill.divergence.kind": "reverse_kl",
+        "distill.divergence.support": "full",
+        **PACED_WEIGHT,
+    },
+    "method=paced_two_stage": {
+        "distill.sequences.source": "reference",
+        "distill.divergence.kind": "forward_kl",
+        "distill.schedule.switch": 0.5,
+        "distill.schedule.second.divergence.kind": "reverse_kl",
+        "distill.schedule.second.sequences.source": "student_rollouts",
+        "distill.schedule.recompute_pass_rates": True,
+        **PACED_WEIGHT,
+    },
+    "method=paced_two_stage_reversed": {
+        "distill.sequences.source": "student_rollouts",
+        "distill.divergence.kind": "reverse_kl",
+        "distill.schedule.switch": 0.5,
+        "distill.schedule.second.divergence.kind": "forward_kl",
+        "distill.schedule.second.sequences.source": "reference",
+        **PACED_WEIGHT,
+    },
+    "method=paced_teacher": {
+        "distill.coefficient": 0.0,
+        "data.train_batch_size": 128,
+        "actor_rollout_ref.rollout.n": 8,
+        "actor_rollout_ref.actor.use_kl_loss": True,
+        "actor_rollout_ref.actor.kl_loss_coef": 0.001,
+        "actor_rollout_ref.actor.optim.lr": 1e-6,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+    },
 }
 
 
@@ -265,7 +320,9 @@ def test_every_method_is_held_to_its_source() -> None:
 
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
 def test_a_published_preset_has_the_values_its_source_states(preset: str) -> None:
-    config = compose_config([preset, "model=qwen3_8b", "hardware=gpu"])
+    external = preset.startswith("method=paced") and preset not in ("method=paced_self", "method=paced_teacher")
+    teacher = ["distill.teacher.path=some/model"] if external else []
+    config = compose_config([preset, "model=qwen3_8b", "hardware=gpu", *teacher])
     found = {}
     for key in PUBLISHED[preset]:
         value = OmegaConf.select(config, key)
@@ -282,7 +339,16 @@ def test_sc_sdpo_with_exponents_of_zero_is_sdpo_but_for_the_name() -> None:
     assert different == names and {mine[key] for key in names} == {"sc_sdpo"}
 
 
-@pytest.mark.parametrize("model", [name for name in choices("model") if name != "tiny"])
+@pytest.mark.parametrize(("model", "positions"), [("qwen3_1_7b", 40960), ("qwen25_math_7b", 4096)])
+def test_the_lengths_of_paced_s_models_fit_their_positions(model: str, positions: int) -> None:
+    preset = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
+    response, limit = preset["data"]["max_response_length"], preset["actor_rollout_ref"]["rollout"]["max_model_len"]
+    assert preset["data"]["max_prompt_length"] == 1024
+    assert 1024 + response <= limit <= positions
+    assert preset["distill"]["context"]["max_length"] + response <= positions
+
+
+@pytest.mark.parametrize("model", ["qwen3_8b", "olmo3_7b", "llama31_8b"])
 def test_a_published_model_has_the_lengths_of_sdpo_s_runs(model: str) -> None:
     preset = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text(encoding="utf-8"))
     assert preset["data"]["max_prompt_length"] == 2048 and preset["data"]["max_response_length"] == 8192
