@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,8 +37,24 @@ def test_ctrl_c_ends_everything_and_keeps_the_checkpoint(data, tmp_path: Path):
     # An address of a cluster that other tests share would be joined; this run must start and end its own.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "recipe.train", *overrides], cwd=ROOT, env=environment, start_new_session=True
+        [sys.executable, "-m", "recipe.train", *overrides],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        # Tests that a script runs in the background ignore the signal, and so would the run.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    try:
+        interrupted(process, output, overrides)
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            for left in (process, *family):
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+
+
+def interrupted(process: subprocess.Popen, output: Path, overrides: list[str]) -> None:
     tracker = output / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_for(tracker.exists, 240, process)
     family = psutil.Process(process.pid).children(recursive=True)
