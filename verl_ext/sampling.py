@@ -36,14 +36,16 @@ class SampleRequest:
     Attributes:
         question_id: names the question in the store.
         messages: chat messages; the last one is not the assistant's.
-        prefix: text of an assistant turn that is begun and shall be continued. The sample's text is what follows it;
-            the verifier sees both together.
+        prefix: text of an assistant turn that is begun and shall be continued. The sample's text is what follows it.
+        judge_prefix: the verifier sees prefix and text together; otherwise the text alone (a revision stands for
+            itself).
         data_source, ground_truth, extra_info: for the verifier, as in the data's schema.
     """
 
     question_id: str
     messages: Sequence[Mapping[str, Any]]
     prefix: str | None = None
+    judge_prefix: bool = True
     data_source: str = ""
     ground_truth: Any = None
     extra_info: Mapping[str, Any] = field(default_factory=dict)
@@ -236,7 +238,7 @@ class Sampler:
             full = full or len(job.prompt_ids) + len(tokens) >= self._max_model_len
         verdict: Verdict = await self.verifier(
             data_source=request.data_source,
-            solution_str=(request.prefix or "") + text,
+            solution_str=(request.prefix or "") * request.judge_prefix + text,
             ground_truth=request.ground_truth,
             extra_info=request.extra_info,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,8 @@ def test_an_open_turn_is_continued_and_judged_whole(tokenizer: Any) -> None:
     prompt = tokenizer.decode(client.calls[0]["prompt_ids"])
     assert prompt.endswith("<|im_start|>assistant\n(a)7+4")
     assert seen == ["(a)7+4=1\\boxed{1}"] and result.text == "=1\\boxed{1}"
+    sampler(client, verifier, k=1).run([dataclasses.replace(request, judge_prefix=False)])
+    assert seen[1:] == ["=1\\boxed{1}"]
 
 
 def test_a_template_without_a_generation_prompt_cannot_continue() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def test_probe_finds_breaches_where_layers_are_off():
     assert "reading outside" in probe.breaches(["seccomp"])
     nothing = set(probe.breaches([]))
     assert {"network", "writing outside", "reading outside", "processes that outlive the sandbox"} <= nothing
+
+
+def test_probe_works_under_a_long_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / ("long" * 30)  # a socket's address has room for 107 bytes
+    folder.mkdir()
+    usual = probe.breaches([])
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert probe.breaches([]) == usual
+    assert probe.breaches(["namespaces", "landlock", "seccomp"]) == ()
 
 
 def test_untrusted_code_is_refused_without_layers():

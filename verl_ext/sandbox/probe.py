@@ -36,9 +36,14 @@ def send():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.sendto(b"x", ("127.0.0.1", port))
 
-def connect_unix():
-    with socket.socket(socket.AF_UNIX) as unix:
-        unix.connect(outside + "/socket")
+def connect_unix():  # by a relative name: a socket's whole path may have 107 bytes
+    here = os.getcwd()
+    os.chdir(outside)
+    try:
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.connect("socket")
+    finally:
+        os.chdir(here)
 
 def fork():
     if os.fork() == 0:
@@ -128,7 +133,11 @@ def breaches(layers: Sequence[str]) -> tuple[str, ...]:
         file = Path(outside, "file")
         file.write_text("secret")
         file.chmod(0o666)
-        unix.bind(outside + "/socket")
+        descriptor = os.open(outside, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            unix.bind(f"/proc/self/fd/{descriptor}/socket")  # short, however long the folder's own path is
+        finally:
+            os.close(descriptor)
         os.chmod(outside + "/socket", 0o777)
         unix.listen()
         listener.bind(("127.0.0.1", 0))
