@@ -26,6 +26,10 @@ ROWS = "mini_batch_rows"
 """Field: int64 [B], rows of the row's whole mini-batch, left-out ones included."""
 TOKENS = "mini_batch_tokens"
 """Field: int64 [B], loss tokens of the row's whole mini-batch, left-out ones included."""
+RECORDED = "recorded"
+"""Field: int64 [B], 1 for rows whose divergence is wanted token by token (sampled completions)."""
+TOP_TOKENS = 0.05
+"""Share of a response's tokens that counts as its top (SD-Zero, arXiv 2604.12002: the top 5%)."""
 
 
 def aggregate(
@@ -60,6 +64,8 @@ def aggregate(
 
 ROW_STATISTICS = "rows/"
 """Prefix of metrics that are lists with one entry per distilled row, in the order of ``rows/id``."""
+TOKEN_DIVERGENCE = "token_divergence"
+"""Row statistic: the divergence at every response token, of rows that are recorded; () of the others."""
 
 
 class Loss:
@@ -169,6 +175,9 @@ def truncated_ratio(log_probs: torch.Tensor, other_log_probs: torch.Tensor, limi
 def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data: TensorDict) -> dict[str, list]:
     """Means over the response of every distilled row; ``gap`` is log pi_T(y_t) - log pi_S(y_t).
 
+    ``top_share`` is the share of the row's divergence that falls on the ``TOP_TOKENS`` of its tokens with the largest
+    (at least one token; 0 where the divergence is 0).
+
     Lists, because every rank and micro-batch must have the same keys, whatever rows it has.
     """
     chosen_B = (data[WEIGHT] != 0) & (data[ROW_ID] >= 0)
@@ -185,4 +194,28 @@ def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data:
     for name, value_BT in tokens.items():
         means_B = value_BT.masked_fill(~mask_BT, 0.0).sum(1) / lengths_B
         out[ROW_STATISTICS + name] = means_B[chosen_B].tolist()
+    divergence_BT = tokens["divergence"].masked_fill(~mask_BT, 0.0)
+    out[ROW_STATISTICS + "top_share"] = _top_share(divergence_BT, lengths_B)[chosen_B].tolist()
+    out[ROW_STATISTICS + TOKEN_DIVERGENCE] = _recorded(divergence_BT[chosen_B], chosen_B, data)
     return out
+
+
+def _top_share(divergence_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """Of each row's divergence, what falls on its top tokens; [B]."""
+    ranked_BT = divergence_BT.sort(dim=1, descending=True).values
+    counted_B = (TOP_TOKENS * lengths_B).ceil().clamp(min=1)
+    top_BT = torch.arange(ranked_BT.shape[1], device=ranked_BT.device) < counted_B.unsqueeze(1)
+    total_B = ranked_BT.sum(1)
+    return torch.where(total_B > 0, (ranked_BT * top_BT).sum(1) / total_B.clamp(min=1e-30), torch.zeros_like(total_B))
+
+
+def _recorded(divergence_CT: torch.Tensor, chosen_B: torch.Tensor, data: TensorDict) -> list[tuple[float, ...]]:
+    """Tuples, because lists of lists are flattened on their way over ranks and mini-batches."""
+    if RECORDED not in data:
+        return [()] * len(divergence_CT)
+    sizes = data["response_mask"].offsets().diff()[chosen_B].tolist()
+    wanted = data[RECORDED][chosen_B].tolist()
+    return [
+        tuple(row[:size].tolist()) if record else ()
+        for row, size, record in zip(divergence_CT, sizes, wanted, strict=True)
+    ]

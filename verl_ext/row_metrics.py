@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_ext.loss import ROW_STATISTICS
+from verl_ext.loss import ROW_STATISTICS, TOKEN_DIVERGENCE
 
 # Upper bounds of the pass-rate bins, and their names: p = 0 to 0.25, above it to 0.5, ...
 PASS_RATE_BINS = ((0.25, "p0_25"), (0.5, "p25_50"), (0.75, "p50_75"), (1.0, "p75_100"))
@@ -15,6 +15,7 @@ PASS_RATE_BINS = ((0.25, "p0_25"), (0.5, "p25_50"), (0.75, "p50_75"), (1.0, "p75
 # Statistics of a row that become metrics; the gap is treated by outcome as well.
 MEANS = {
     "divergence": "distill/divergence",
+    "top_share": "distill/top5_share",
     "teacher_entropy": "teacher/entropy",
     "teacher_mass": "teacher/topk_mass",
     "student_mass": "student/topk_mass",
@@ -24,13 +25,27 @@ MEANS = {
 def take_row_statistics(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
     """Takes the lists of :func:`verl_ext.loss.row_statistics` out of the update's metrics, as columns."""
     names = [name for name in metrics if name.startswith(ROW_STATISTICS)]
+    names = [name for name in names if name != ROW_STATISTICS + TOKEN_DIVERGENCE]
     return {name.removeprefix(ROW_STATISTICS): _column(metrics.pop(name)) for name in names}
 
 
-def _column(values: Sequence[Any]) -> np.ndarray:
+def take_token_divergences(metrics: dict[str, Any]) -> dict[int, tuple[float, ...]]:
+    """Takes the divergence of recorded rows out of the update's metrics: by row id, one number per response token.
+
+    To be called before :func:`take_row_statistics`, which takes the ids.
+    """
+    tokens = _flat(metrics.pop(ROW_STATISTICS + TOKEN_DIVERGENCE, []))
+    ids = _flat(metrics.get(ROW_STATISTICS + "id", []))
+    return {int(row): values for row, values in zip(ids, tokens, strict=True) if values}
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
     # Several mini-batches: a list each.
-    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return np.asarray(flat, dtype=np.float64)
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _column(values: Sequence[Any]) -> np.ndarray:
+    return np.asarray(_flat(values), dtype=np.float64)
 
 
 def row_metrics(
@@ -61,6 +76,11 @@ def row_metrics(
         if chosen.any():
             metrics[f"teacher/{name}"] = float(np.median(rows["gap"][chosen]))
             metrics[f"teacher/{name}_mean"] = float(rows["gap"][chosen].mean())
+    # Where the teacher disagrees (SD-Zero's self-localisation): how much, and on how few tokens, by outcome.
+    for outcome, chosen in (("right", right), ("wrong", ~right)):
+        for name in ("divergence", "top_share"):
+            if chosen.any() and name in rows:
+                metrics[f"{MEANS[name]}_{outcome}"] = float(rows[name][chosen].mean())
     names = [name for name in MEANS if name in rows and (on_support or not name.endswith("_mass"))]
     for name in names:
         metrics[MEANS[name]] = float(rows[name].mean())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from verl_ext.batch_plan import BatchPlan
 from verl_ext.rollout_rows import RolloutRows
+
+DIGITS = 5  # of a divergence in a record
 
 
 def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
@@ -26,11 +29,28 @@ def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
     }
 
 
-def sampled_completions(rows: RolloutRows, plan: BatchPlan, step: int, count: int) -> list[dict[str, Any]]:
-    """``count`` rows, spread evenly over the batch."""
-    total = len(rows.meta.keys)
-    chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
-    return [{"step": step, **row_record(rows, plan, i)} for i in chosen.tolist()]
+def sampled_rows(total: int, count: int) -> list[int]:
+    """``count`` row numbers, spread evenly over the batch."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+
+
+def sampled_completions(
+    rows: RolloutRows,
+    plan: BatchPlan,
+    step: int,
+    chosen: Sequence[int],
+    divergences: Mapping[int, Sequence[float]],
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+    """The chosen rows; those that were distilled with their tokens and the divergence (nats) at each."""
+    records = []
+    for i in chosen:
+        record = {"step": step, **row_record(rows, plan, i)}
+        if i in divergences:
+            record["tokens"] = [tokenizer.decode([token]) for token in rows.data["responses"][i].tolist()]
+            record["divergence"] = [round(value, DIGITS) for value in divergences[i]]
+        records.append(record)
+    return records
 
 
 def skipped_rows(rows: RolloutRows, plan: BatchPlan, ids: list[int], suspects: set[int]) -> list[dict[str, Any]]:

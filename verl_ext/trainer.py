@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from verl_ext.passes import ROW_ID
 from verl_ext.question_trainer import QuestionTrainer
 from verl_ext.rollout_correction import correct_rollouts
 from verl_ext.rollout_rows import RolloutRows, read_rows, read_verdicts
-from verl_ext.row_metrics import row_metrics, take_row_statistics
-from verl_ext.row_records import sampled_completions, skipped_rows
+from verl_ext.row_metrics import row_metrics, take_row_statistics, take_token_divergences
+from verl_ext.row_records import sampled_completions, sampled_rows, skipped_rows
 from verl_ext.step_sink import StepSink, Tee
 from verl_ext.teacher_checks import GapAlarm, check_equality
 from verl_ext.teacher_worker import POOL, start_teacher
@@ -143,13 +144,15 @@ class DistillTrainer(QuestionTrainer):
                 self.config,
                 ranks=self._dp_size(),
                 eos_token_id=self.tokenizer.eos_token_id,
+                recorded=self._rows_to_record(rows),
             )
             metrics.update(work.metrics)
+        divergences: dict[int, tuple[float, ...]] = {}
         if work.meta is None:
             self._skip(metrics)
         else:
-            self._train(rows, plan, work, metrics, timing_raw)
-        self._log_completions(rows, plan)
+            divergences = self._train(rows, plan, work, metrics, timing_raw)
+        self._log_completions(rows, plan, divergences)
         return KVBatchMeta(
             partition_id=rows.meta.partition_id,
             keys=rows.meta.keys + [key for key, _ in work.padding],
@@ -211,8 +214,10 @@ class DistillTrainer(QuestionTrainer):
             group._dispatch_info["actor"] = group._query_dispatch_info("actor")
         return max(group._dispatch_info["actor"]) + 1
 
-    def _train(self, rows: RolloutRows, plan: BatchPlan, layout: Work, metrics: dict, timing_raw: dict) -> None:
-        """Steps 6 to 9 on the rows to forward."""
+    def _train(
+        self, rows: RolloutRows, plan: BatchPlan, layout: Work, metrics: dict, timing_raw: dict
+    ) -> dict[int, tuple[float, ...]]:
+        """Steps 6 to 9 on the rows to forward; returns the token divergences of the rows to record."""
         work = layout.meta
         settings = {"temperature": self.config.actor_rollout_ref.rollout.temperature}
         if not self._trained and not self._resumed:
@@ -232,14 +237,16 @@ class DistillTrainer(QuestionTrainer):
                 self._compute_ref_log_prob(self._meta(work, settings), metrics)
         with marked_timer("update_actor", timing_raw):
             output = self._call(self.actor_rollout_wg.update_actor, work, self._update_settings(settings))
-            self._read_update(rows, plan, work, dict(output["metrics"]), metrics)
+            divergences = self._read_update(rows, plan, work, dict(output["metrics"]), metrics)
         with marked_timer("teacher_update", timing_raw):
             self._update_teacher(metrics)
+        return divergences
 
     def _read_update(
         self, rows: RolloutRows, plan: BatchPlan, work: KVBatchMeta, output: dict[str, Any], metrics: dict
-    ) -> None:
-        """Metrics of the update, the statistics of its rows, and the steps it skipped."""
+    ) -> dict[int, tuple[float, ...]]:
+        """Metrics of the update, the statistics of its rows, and the steps it skipped; returns token divergences."""
+        divergences = take_token_divergences(output)
         statistics = take_row_statistics(output)
         grad_norms = output["grad_norm"] if isinstance(output["grad_norm"], list) else [output["grad_norm"]]
         values = rename_dict(output, "actor/")
@@ -258,6 +265,7 @@ class DistillTrainer(QuestionTrainer):
                 self.global_steps, grad_norms, lambda index: self._rows_of_mini_batch(rows, plan, work, index, suspects)
             )
         )
+        return divergences
 
     def _row_metrics(self, rows: RolloutRows, plan: BatchPlan, statistics: dict[str, np.ndarray]) -> dict[str, float]:
         return row_metrics(
@@ -478,8 +486,17 @@ class DistillTrainer(QuestionTrainer):
 
     # ----------------------------------------------------------------------------------------------------- samples
 
-    def _log_completions(self, rows: RolloutRows, plan: BatchPlan) -> None:
+    def _rows_to_record(self, rows: RolloutRows) -> list[int]:
         settings = self.distill.samples
         if settings.per_step == 0 or (self.global_steps - 1) % settings.every:
-            return
-        self.sink.completions(sampled_completions(rows, plan, self.global_steps, settings.per_step))
+            return []
+        return sampled_rows(len(rows.meta.keys), settings.per_step)
+
+    def _log_completions(
+        self, rows: RolloutRows, plan: BatchPlan, divergences: Mapping[int, Sequence[float]] | None = None
+    ) -> None:
+        chosen = self._rows_to_record(rows)
+        if chosen:
+            self.sink.completions(
+                sampled_completions(rows, plan, self.global_steps, chosen, divergences or {}, self.tokenizer)
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl_ext.batch_plan import BatchPlan
 from verl_ext.compaction import PADDING_ROW, MiniBatchPlan, keep_rows, plan_mini_batches
 from verl_ext.config import DistillConfig
-from verl_ext.loss import ROWS, TOKENS, WEIGHT
+from verl_ext.loss import RECORDED, ROWS, TOKENS, WEIGHT
 from verl_ext.packing import to_jagged
 from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows
@@ -84,8 +85,13 @@ def lay_out(
     *,
     ranks: int,
     eos_token_id: int,
+    recorded: Collection[int] = (),
 ) -> Work:
-    """Leaves rows out, assigns mini-batches and ranks, and writes the fields of what remains to TransferQueue."""
+    """Leaves rows out, assigns mini-batches and ranks, and writes the fields of what remains to TransferQueue.
+
+    Args:
+        recorded: rows whose divergence is wanted token by token.
+    """
     actor = config.actor_rollout_ref.actor
     loss_tokens = [int(mask.sum()) for mask in rows.data["response_mask"].unbind()]
     advantages = None
@@ -105,7 +111,8 @@ def lay_out(
     metrics["rows/train_share"] = float(np.mean(active)) if len(active) else 0.0
     if not mini_batches.mini_batches:
         return Work(None, ranks, [], metrics)
-    meta, padding = _write(rows, plan, mini_batches, taught, ranks, rows_per_rank_multiple(config), eos_token_id)
+    multiple = rows_per_rank_multiple(config)
+    meta, padding = _write(rows, plan, mini_batches, taught, ranks, multiple, eos_token_id, set(recorded))
     return Work(meta, ranks, padding, metrics)
 
 
@@ -143,6 +150,7 @@ def _write(
     ranks: int,
     multiple: int,
     eos_token_id: int,
+    recorded: set[int],
 ) -> tuple[KVBatchMeta, list[tuple[str, dict]]]:
     keys: list[list[str]] = [[] for _ in range(ranks)]
     tags: list[list[dict]] = [[] for _ in range(ranks)]
@@ -170,6 +178,7 @@ def _write(
                     MINI_BATCH: mini_batch.number,
                     ROWS: mini_batch.row_count,
                     TOKENS: mini_batch.token_count,
+                    RECORDED: int(row in recorded),
                     TEACHER_PROMPT: plan.teacher_prompt_ids_N[row] if use else [eos_token_id],
                 }
     order = [key for rank in keys for key in rank]
@@ -177,7 +186,7 @@ def _write(
         name: torch.tensor(
             [columns[key][name] for key in order], dtype=torch.float32 if name == WEIGHT else torch.int64
         )
-        for name in (ROW_ID, WEIGHT, MINI_BATCH, ROWS, TOKENS)
+        for name in (ROW_ID, WEIGHT, MINI_BATCH, ROWS, TOKENS, RECORDED)
     }
     fields[TEACHER_PROMPT] = to_jagged([torch.tensor(columns[key][TEACHER_PROMPT]) for key in order])
     tq.kv_batch_put(keys=order, partition_id=rows.meta.partition_id, fields=TensorDict(fields, batch_size=len(order)))

@@ -40,6 +40,9 @@ def test_a_run_leaves_what_its_user_expects(recorded, records):
     assert yaml.safe_load((output / "config.yaml").read_text())["distill"]["method"] == "sdpo"
     completions = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
     assert any("Correctly solve the original question." in (row["teacher_context"] or "") for row in completions)
+    told = [row for row in completions if "divergence" in row]
+    assert told and all(len(row["divergence"]) == len(row["tokens"]) for row in told)
+    assert all("".join(row["tokens"]).startswith(row["response"]) and sum(row["divergence"]) > 0 for row in told)
     assert list(output.glob("tensorboard/*tfevents*"))
     for record in records(output):
         assert 0 < record["distill/loss"] < 0.7 and record["actor/grad_norm"] > 0

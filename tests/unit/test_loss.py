@@ -15,7 +15,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_ext.chunks import Head
 from verl_ext.config import distill_config
-from verl_ext.loss import ROWS, TOKENS, WEIGHT, Loss, aggregate, row_statistics, truncated_ratio
+from verl_ext.loss import RECORDED, ROWS, TOKENS, WEIGHT, Loss, aggregate, row_statistics, truncated_ratio
 from verl_ext.packing import to_jagged
 from verl_ext.passes import ROW_ID, TeacherPass
 from verl_ext.row_store import STORE
@@ -299,7 +299,8 @@ def test_it_is_sent_to_the_workers_by_pickle() -> None:
 
 # ---------------------------------------------------------------------------------------------- statistics of the rows
 
-STATISTICS = {f"rows/{name}" for name in ("id", "divergence", "gap", "teacher_entropy", "student_mass", "teacher_mass")}
+MEANS = ("divergence", "gap", "teacher_entropy", "student_mass", "teacher_mass")
+STATISTICS = {f"rows/{name}" for name in ("id", *MEANS, "top_share", "token_divergence")}
 
 
 def values_of_tokens(seed: int = 5) -> dict[str, torch.Tensor]:
@@ -325,6 +326,23 @@ def test_masked_tokens_are_out_of_the_statistics_whatever_they_hold() -> None:
     spoilt = {name: value.masked_fill(mask == 0, math.nan) for name, value in values_of_tokens().items()}
     assert row_statistics(spoilt, mask, micro_batch([1.0, 1.0, 1.0])) == clean
     assert clean["rows/divergence"][0] == pytest.approx(float(values_of_tokens()["divergence"][0, [0, 2]].mean()))
+
+
+def test_the_top_share_is_that_of_the_largest_token_of_a_short_response() -> None:
+    values = values_of_tokens()
+    values["divergence"] = torch.tensor([[1.0, 2.0, 5.0], [0.0, 0.0, 0.0], [3.0, 1.0, 9.0]])
+    found = row_statistics(values, MASK, micro_batch([1.0, 1.0, 1.0]))["rows/top_share"]
+    assert found == pytest.approx([5 / 8, 0.0, 3 / 4])  # the third row has two tokens
+    values = {name: torch.arange(60.0).expand(3, 60) for name in ("divergence", *DETAILS)}
+    found = row_statistics(values, torch.ones(3, 60), micro_batch([1.0, 0.0, 0.0]))["rows/top_share"]
+    assert found == pytest.approx([(57 + 58 + 59) / sum(range(60))])
+
+
+def test_the_divergence_of_recorded_rows_is_kept_token_by_token() -> None:
+    values, data = values_of_tokens(), micro_batch([1.0, 0.0, 0.5])
+    data[RECORDED] = torch.tensor([0, 1, 1])
+    found = row_statistics(values, MASK, data)["rows/token_divergence"]
+    assert found[0] == () and found[1] == pytest.approx(tuple(values["divergence"][2, :2].tolist()))
 
 
 def test_the_keys_are_the_same_whatever_rows_a_micro_batch_has() -> None:

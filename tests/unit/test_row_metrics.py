@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from verl_ext.loss import ROW_STATISTICS
-from verl_ext.row_metrics import MEANS, PASS_RATE_BINS, row_metrics, take_row_statistics
+from verl_ext.row_metrics import MEANS, PASS_RATE_BINS, row_metrics, take_row_statistics, take_token_divergences
 
-NAMES = ("gap", "divergence", "teacher_entropy", "student_mass", "teacher_mass")
+NAMES = ("gap", "divergence", "top_share", "teacher_entropy", "student_mass", "teacher_mass")
 
 
 def rows_of(ids: list[int], gaps: list[float], **others: list[float]) -> dict[str, np.ndarray]:
@@ -39,6 +39,20 @@ def test_without_rows_the_columns_are_empty_and_there_are_no_metrics(empty: list
     found = take_row_statistics({f"{ROW_STATISTICS}{name}": empty for name in ("id", *NAMES)})
     assert set(found) == {"id", *NAMES} and all(column.shape == (0,) for column in found.values())
     assert row_metrics(found, right_N=[True], pass_rates_N=[0.5], on_support=True) == {}
+
+
+def test_token_divergences_are_taken_by_row_over_mini_batches() -> None:
+    metrics = {"rows/id": [[3, 7], [], [1]], "rows/token_divergence": [[(0.5, 0.1), ()], [], [(2.0,)]]}
+    assert take_token_divergences(metrics) == {3: (0.5, 0.1), 1: (2.0,)}
+    assert list(metrics) == ["rows/id"] and take_token_divergences({}) == {}
+
+
+def test_the_divergence_and_its_top_share_are_told_by_outcome() -> None:
+    rows = rows_of([0, 1, 2], [0.0] * 3, divergence=[1.0, 3.0, 5.0], top_share=[0.2, 0.4, 0.6])
+    found = row_metrics(rows, right_N=[True, False, False], pass_rates_N=[0.5] * 3, on_support=False)
+    assert found["distill/divergence_right"] == 1.0 and found["distill/divergence_wrong"] == 4.0
+    assert found["distill/top5_share_right"] == 0.2 and found["distill/top5_share_wrong"] == pytest.approx(0.5)
+    assert found["distill/top5_share"] == pytest.approx(0.4)
 
 
 def test_an_update_without_distillation_has_no_statistics() -> None:
@@ -70,7 +84,7 @@ def test_rows_are_matched_by_their_id_not_by_their_place() -> None:
     right, rates = [False, True, False], [0.1, 0.6, 0.9]
     one = row_metrics(rows_of([0, 1, 2], [1.0, 2.0, 3.0]), right_N=right, pass_rates_N=rates, on_support=False)
     other = row_metrics(
-        rows_of([2, 0, 1], [3.0, 1.0, 2.0], divergence=[2, 0, 1], teacher_entropy=[2, 0, 1]),
+        rows_of([2, 0, 1], [3.0, 1.0, 2.0], divergence=[2, 0, 1], top_share=[2, 0, 1], teacher_entropy=[2, 0, 1]),
         right_N=right,
         pass_rates_N=rates,
         on_support=False,
