@@ -93,7 +93,7 @@ def render(
         facts=facts,
         cards=report_content.key_numbers(records, summary),
         alarms=report_content.alarms(records),
-        charts=report_content.charts(records),
+        charts=report_content.charts(records, completions),
         completions=[_completion(row) for row in chosen],
         completion_total=len(completions),
         config_text=_shortened(config_text, MAX_CONFIG, "config.yaml"),

@@ -110,9 +110,17 @@ class _Frame:
     """Maps data to the drawing and draws what all charts share: grid, axes, labels, hover strips."""
 
     def __init__(
-        self, steps: Sequence[int], low: float, high: float, fmt: Format, y_label: str, width: int, height: int
+        self,
+        steps: Sequence[int],
+        low: float,
+        high: float,
+        fmt: Format,
+        y_label: str,
+        width: int,
+        height: int,
+        x_label: str = "step",
     ) -> None:
-        self.steps, self.fmt, self.y_label = steps, fmt, y_label
+        self.steps, self.fmt, self.y_label, self.x_label = steps, fmt, y_label, x_label
         self.width, self.height = width, height
         self.ticks = nice_ticks(low, high)
         self.low, self.high = min(low, self.ticks[0]), max(high, self.ticks[-1])
@@ -153,7 +161,8 @@ class _Frame:
             self.parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 15}" text-anchor="middle">{step}</text>')
         middle = (LEFT + self.width - RIGHT) / 2
         self.parts.append(
-            f'<text class="label" x="{middle:.0f}" y="{self.height - 4}" text-anchor="middle">step</text>'
+            f'<text class="label" x="{middle:.0f}" y="{self.height - 4}" text-anchor="middle">'
+            f"{escape(self.x_label)}</text>"
         )
         if self.y_label:
             center = (TOP + base) / 2
@@ -213,6 +222,7 @@ def line_chart(
     *,
     fmt: Format = short,
     y_label: str = "",
+    x_label: str = "step",
     include: Sequence[float] = (),
     help: str = "",
 ) -> Chart | None:
@@ -237,7 +247,7 @@ def line_chart(
     span = _span([value for column in thinned for value in column], include)
     if span is None:
         return None
-    frame = _Frame(steps, *span, fmt, y_label, WIDTH, HEIGHT)
+    frame = _Frame(steps, *span, fmt, y_label, WIDTH, HEIGHT, x_label)
     frame.grid()
     for one in series:
         if one.low is not None and one.high is not None and (points := _band(frame, one.low, one.high)):
@@ -258,7 +268,8 @@ def line_chart(
             if (value := one.values[index]) is not None
         ]
         if texts:
-            frame.hover(index, _step_text(steps[index], stretch) + ": " + ", ".join(texts))
+            place = _step_text(steps[index], stretch) if x_label == "step" else f"{x_label} {steps[index]}"
+            frame.hover(index, f"{place}: " + ", ".join(texts))
     legend = [(one.name, f"k{one.color}") for one in series if len(series) > 1]
     return Chart(title, frame.svg(title), legend, _help(help, stretch))
 

@@ -11,6 +11,7 @@ from typing import Any
 from recipe.console_format import format_seconds, validation_key
 from recipe.report_charts import Chart, Series, heat_map, line_chart, percent, short, stacked_chart
 from recipe.run_files import as_number
+from verl_ext.localisation import profile
 
 Record = Mapping[str, Any]
 
@@ -23,6 +24,9 @@ FACT_KEYS: dict[str, tuple[str, ...]] = {
 }
 LIBRARY_KEYS = ("environment.versions", "environment.libraries", "versions", "libraries")
 MACHINE_KEYS = ("environment.machine", "machine")
+
+PROFILE_POSITIONS = 20
+RIGHT_FROM = 0.5  # reward of a right answer
 
 PHASES = (
     ("time/rollout", "rollout"),
@@ -146,8 +150,8 @@ def alarms(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def charts(records: Sequence[Record]) -> list[Chart]:
-    """The charts that the run's metrics allow, in the order of reading."""
+def charts(records: Sequence[Record], completions: Sequence[Record] = ()) -> list[Chart]:
+    """The charts that the run's metrics and completions allow, in the order of reading."""
     steps = [record["step"] for record in records]
 
     def column(key: str) -> list[float | None]:
@@ -208,6 +212,19 @@ def charts(records: Sequence[Record]) -> list[Chart]:
             y_label="nats a token",
             help="Right answers under the teacher's context minus without it, median; near 0 it teaches nothing.",
         ),
+        line_chart(
+            "Divergence on the top 5% of tokens",
+            steps,
+            [
+                Series(outcome, column(f"distill/top5_share_{outcome}"), color)
+                for outcome, color in (("right answers", 3), ("wrong answers", 1))
+            ],
+            fmt=percent,
+            include=(0.0, 1.0),
+            help="Share of a response's divergence that falls on 5% of its tokens: high where the teacher objects to "
+            "single steps.",
+        ),
+        _profile_chart(completions),
         single("Response length", "response/length", 0, y_label="tokens", help="Mean over the rollouts of the step."),
         single("Gradient norm", "actor/grad_norm", 1, help="Before clipping."),
         stacked_chart(
@@ -215,6 +232,31 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         ),
     ]
     return [chart for chart in candidates if chart is not None]
+
+
+def _profile_chart(completions: Sequence[Record]) -> Chart | None:
+    """Divergence along the response, by outcome, over all completions that were recorded with it."""
+    rows = [
+        row
+        for row in completions
+        if row.get("divergence")
+        and all(as_number(value) is not None for value in [row.get("reward"), *row["divergence"]])
+    ]
+    right = [row["divergence"] for row in rows if row["reward"] >= RIGHT_FROM]
+    wrong = [row["divergence"] for row in rows if row["reward"] < RIGHT_FROM]
+    places = [round(100 * (place + 0.5) / PROFILE_POSITIONS) for place in range(PROFILE_POSITIONS)]
+    return line_chart(
+        "Divergence along the response",
+        places,
+        [
+            Series(f"right answers ({len(right)})", profile(right, PROFILE_POSITIONS), 3),
+            Series(f"wrong answers ({len(wrong)})", profile(wrong, PROFILE_POSITIONS), 1),
+        ],
+        y_label="nats a token",
+        x_label="% of the response",
+        include=(0.0,),
+        help="Mean over the sampled completions of all steps: where teacher and student differ.",
+    )
 
 
 def choose_completions(rows: Sequence[Record], limit: int) -> list[Record]:

@@ -13,7 +13,7 @@ import yaml
 
 from recipe.report import build_report, main
 from recipe.report_charts import Series, heat_map, line_chart, nice_ticks, percent, short, step_ticks, thin
-from recipe.report_content import alarms, choose_completions, key_numbers
+from recipe.report_content import alarms, charts, choose_completions, key_numbers
 from recipe.run_files import RunFileError, RunFiles
 
 ROLLOUTS, QUESTIONS = 8, 32
@@ -238,6 +238,19 @@ def test_key_numbers_prefer_the_metric_of_the_summary() -> None:
     worse = key_numbers(records, {"metric": "val/maj@8"})[0]
     assert (worse.value, worse.tone) == ("50% → 25%", "bad")
     assert key_numbers(records, {"metric": "not/there"})[0].value == "25% → 50%"
+
+
+def test_the_divergence_along_the_response_is_drawn_by_outcome() -> None:
+    rows = [
+        {"reward": 1.0, "divergence": [0.1, 0.2]},
+        {"reward": 0.0, "divergence": [0.0] * 30 + [2.0]},
+        {"reward": 0.0, "divergence": [None, 1.0]},  # not finite in the run
+        {"reward": 0.0},
+    ]
+    chart = next(one for one in charts([{"step": 1}], rows) if one.title == "Divergence along the response")
+    assert [name for name, _ in chart.legend] == ["right answers (1)", "wrong answers (1)"]
+    assert "% of the response 98: right answers (1) 0.2, wrong answers (1) 1" in chart.svg and ">step<" not in chart.svg
+    assert all(one.title != "Divergence along the response" for one in charts([{"step": 1}], rows[2:]))
 
 
 def test_choice_of_completions_covers_the_run() -> None:

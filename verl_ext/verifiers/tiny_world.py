@@ -104,6 +104,18 @@ def first_wrong_step(problem: Problem, response: str) -> str | None:
     return None
 
 
+def wrong_result(prompt: str, response: str) -> tuple[int, int] | None:
+    """Characters [start, end) of the first wrong result of a response, the digit behind its ``=``.
+
+    None where every step is right, the wrong one is missing, or the prompt holds no problem. For
+    :mod:`verl_ext.localisation`.
+    """
+    found = _PROBLEM.search(prompt)
+    label = first_wrong_step(parse_problem(found.group()), response) if found else None
+    step = label and next((step for step in _STEP.finditer(response) if step.group(1) == label), None)
+    return step.span(5) if step else None
+
+
 def _parse_ground_truth(ground_truth: Any) -> str:
     """The gold digit as a string; ValueError where it is none."""
     text = str(ground_truth).strip()
