@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from recipe.report_charts import nice_ticks, short
 from recipe.run_files import as_number
 from recipe.study_file import Study
+from recipe.svg_parts import BEFORE, DOT, GRID, MEAN, svg_line, svg_page, svg_text
 from verl_ext.config import ConfigError
 
 WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 760, 30, 210, 30, 44, 46
-DOT, MEAN, BEFORE, TEXT, GRID = "#2a78d6", "#0b3d78", "#8a8f98", "#57606a", "#d0d7de"
 
 
 def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -45,36 +44,20 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
         return LEFT + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - LEFT - RIGHT)
 
     base = height - BOTTOM
-    parts = [_text(LEFT, 20, f"{metric.removeprefix('val/')} held out, after training", "start", 14)]
+    parts = [svg_text(LEFT, 20, f"{metric.removeprefix('val/')} held out, after training", "start", 14)]
     for tick in ticks:
-        parts.append(_line(x(tick), TOP, x(tick), base, GRID, 1))
-        parts.append(_text(x(tick), base + 18, short(tick), "middle"))
+        parts.append(svg_line(x(tick), TOP, x(tick), base, GRID, 1))
+        parts.append(svg_text(x(tick), base + 18, short(tick), "middle"))
     if before:
         mean = statistics.fmean(before)
-        parts.append(_line(x(mean), TOP, x(mean), base, BEFORE, 2, "5 4"))
-        parts.append(_text(x(mean), base + 36, f"before training {mean:.3f}", "middle"))
+        parts.append(svg_line(x(mean), TOP, x(mean), base, BEFORE, 2, "5 4"))
+        parts.append(svg_text(x(mean), base + 36, f"before training {mean:.3f}", "middle"))
     for number, (entry, values) in enumerate(after.items()):
         y = TOP + ROW * (number + 0.5)
-        parts.append(_text(LEFT - 12, y + 4, entry, "end"))
+        parts.append(svg_text(LEFT - 12, y + 4, entry, "end"))
         for value in values:
             parts.append(f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5" fill="{DOT}" fill-opacity="0.6"/>')
         if values:
             mean = statistics.fmean(values)
-            parts.append(_line(x(mean), y - 10, x(mean), y + 10, MEAN, 3))
-    label = escape(f"{study.name}: {metric} by entry")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}" '
-        f'font-family="sans-serif">{"".join(parts)}</svg>\n'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str, size: int = 12) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{TEXT}">{escape(text)}</text>'
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: int, dash: str = "") -> str:
-    dashes = f' stroke-dasharray="{dash}"' if dash else ""
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width}"{dashes}/>'
+            parts.append(svg_line(x(mean), y - 10, x(mean), y + 10, MEAN, 3))
+    return svg_page(WIDTH, height, f"{study.name}: {metric} by entry", parts)

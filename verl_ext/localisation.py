@@ -122,3 +122,27 @@ def _wrong_step(rows: Sequence[Mapping[str, Any]], locate: Locate) -> dict[str, 
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
+
+
+def around_wrong_step(
+    rows: Iterable[Mapping[str, Any]], locate: Locate, *, window: int = 10, threshold: float = 0.5
+) -> dict[int, float]:
+    """Mean share of a wrong response's divergence by distance from its first wrong step.
+
+    Distances are tokens: 0 is the step's last token, -1 the one before; beyond ``window`` they are left out. Rows count
+    the same; those whose step is not found are left out.
+    """
+    sums = dict.fromkeys(range(-window, window + 1), 0.0)
+    count = 0
+    for row in rows:
+        values = row.get("divergence")
+        span = locate(row["prompt"], row["response"]) if values and row["reward"] < threshold else None
+        inside = tokens_of_span(row["tokens"], span) if span else []
+        total = math.fsum(values) if inside else 0.0
+        if total <= 0:
+            continue
+        count += 1
+        for place, value in enumerate(values):
+            if place - inside[-1] in sums:
+                sums[place - inside[-1]] += value / total
+    return {distance: total / count for distance, total in sums.items()} if count else {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_ext.localisation import localisation, profile, share_of_top, share_on_span, tokens_of_span
+from recipe import localise
+from verl_ext.localisation import around_wrong_step, localisation, profile, share_of_top, share_on_span, tokens_of_span
 from verl_ext.verifiers.tiny_world import wrong_result
 
 VALUES = st.lists(st.floats(0, 10), min_size=1, max_size=80)
@@ -71,3 +74,46 @@ def test_the_summary_is_by_outcome_and_knows_the_wrong_step() -> None:
     assert step["before"] == 0.0 and step["after"] == 0.25 and step["first"] == 1.0
     none = localisation([], locate=wrong_result)
     assert none["wrong_step"]["share"] is None and none["right"]["divergence"] is None
+
+
+def recorded(tokens: list[str], divergence: list[float], reward: float) -> dict:
+    return {
+        "step": 1,
+        "prompt": "6(a)-0(b)-8",
+        "response": "".join(tokens),
+        "tokens": tokens,
+        "divergence": divergence,
+        "reward": reward,
+    }
+
+
+TOKENS = ["(a)", "6", "-", "0", "=", "6", "(b)", "6", "-", "8", "=", "7", "\\boxed{", "7", "}"]
+
+
+def test_the_shares_around_the_wrong_step_are_means_over_rows() -> None:
+    one = recorded(TOKENS, [0.0] * 11 + [3.0, 0.0, 1.0, 0.0], 0.0)
+    two = recorded(TOKENS, [1.0] + [0.0] * 10 + [1.0, 0.0, 0.0, 0.0], 0.0)
+    found = around_wrong_step([one, two, one | {"reward": 1.0}], wrong_result, window=3)
+    assert list(found) == [-3, -2, -1, 0, 1, 2, 3]
+    assert found[0] == pytest.approx((0.75 + 0.5) / 2) and found[2] == pytest.approx(0.125) and found[-3] == 0.0
+    assert around_wrong_step([one | {"reward": 1.0}], wrong_result) == {}
+
+
+def test_the_command_tells_draws_and_refuses(tmp_path, capsys) -> None:
+    rows = [recorded(TOKENS, [0.0] * 11 + [3.0, 0.0, 1.0, 0.0], 0.0), recorded(TOKENS, [0.1] * 15, 1.0), {"step": 1}]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    located = ["--locate", "verl_ext.verifiers.tiny_world:wrong_result"]
+    assert localise.main([str(tmp_path), *located, "--plot", str(tmp_path / "plot.svg")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert (
+        "75% of the divergence on 6.7% of the tokens" in told[2] and json.loads(told[-1])["wrong_step"]["share"] == 0.75
+    )
+    assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
+    for arguments, message in (
+        ([str(tmp_path), "--locate", "nowhere:f"], "expected package.module:function"),
+        ([str(tmp_path), "--steps", "5", "9"], "no completion carries its divergence"),
+        ([str(tmp_path), "--plot", "x.svg"], "--plot needs --locate"),
+        ([str(tmp_path / "none")], "no such file"),
+    ):
+        assert localise.main(arguments) == 2
+        assert message in capsys.readouterr().err
