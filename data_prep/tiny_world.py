@@ -10,6 +10,10 @@ The same questions with other answer formats, judged by the verifiers of real da
     python -m data_prep.tiny_world --flavour tool_call --out data/tiny_world_tools
     python -m data_prep.tiny_world --flavour formats --threads 1 --train-model models/tiny_world/formats
 
+A checkpoint for the data of the plain world that can also revise an attempt (SD-Zero):
+
+    python -m data_prep.tiny_world --flavour revision --train-model models/tiny_world/revision
+
 Level = number of steps of a question (1 to 6). Test questions come from a part of the world that neither the training
 sets nor the warm start ever see, whatever the seeds and sizes.
 """

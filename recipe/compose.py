@@ -15,7 +15,15 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe import sample_settings, settings, snr_settings, teacher_text_settings
+from recipe import (
+    chain_settings,
+    sample_settings,
+    settings,
+    sft_settings,
+    snr_settings,
+    srt_settings,
+    teacher_text_settings,
+)
 from verl_ext import config as distill
 from verl_ext import forgetting_config
 from verl_ext.config import ConfigError
@@ -34,6 +42,9 @@ def _register() -> None:
     store.store(name="sample_schema", node=sample_settings.defaults())
     store.store(name="text_schema", node=teacher_text_settings.defaults())
     store.store(name="snr_schema", node=snr_settings.defaults())
+    store.store(name="chain_schema", node=chain_settings.defaults())
+    store.store(name="sft_schema", node=sft_settings.defaults())
+    store.store(name="srt_schema", node=srt_settings.defaults())
     store.store(name="forgetting_schema", node=forgetting_config.defaults())
     store.store(name="verifier_schema", node=asdict(VerifierConfig()))
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
@@ -97,6 +108,7 @@ def check(config: DictConfig) -> None:
     distill.build(settings.RunConfig, OmegaConf.to_container(config.run, resolve=True), "run").validate()
     verifier_config(config.verifier)
     _check_forgetting(config)
+    chain_settings.chain_config(config)
     method = distill.distill_config(config.distill)
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     _check_batch(config)

@@ -115,3 +115,19 @@ def _check_checkpoint(config: DictConfig, folder: Path) -> None:
     for path in wanted:
         if not path.exists() or path.stat().st_size == 0:
             raise ConfigError(f"checkpoint {folder} is incomplete: {path.name} is missing or empty; use an older one")
+
+
+def unused_folder(wanted: Path) -> Path:
+    """The folder of a run: as wanted, unless a run without a checkpoint to go on from was left in it."""
+    folder, attempt = wanted, 1
+    while (folder / "metrics.jsonl").exists() and not _resumable(folder):
+        attempt += 1
+        folder = wanted.with_name(f"{wanted.name}.{attempt}")
+    return folder
+
+
+def _resumable(folder: Path) -> bool:
+    # A checkpoint at the last step is there when the run ended and only its row could not be written: run it anew.
+    return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists() and not (
+        folder / "summary.json"
+    ).exists()

@@ -10,6 +10,7 @@ import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 
 from recipe.question_checks import check_questions
+from recipe.revision_checks import check_revision, resolve_phrases
 from verl_ext.config import ConfigError, distill_config
 from verl_ext.question_data import file_list
 from verl_ext.stages import stages
@@ -25,12 +26,17 @@ COLUMNS = {
 
 
 def preflight(config: DictConfig) -> None:
-    """Raises ConfigError that names the file, row, key or package and what to do."""
+    """Raises ConfigError that names the file, row, key or package and what to do.
+
+    Writes into ``config`` what depends on the model: the phrases of the context "revision".
+    """
+    resolve_phrases(config)
     check_attention(config)
     check_function(verifier_config(config.verifier))
     positions = check_model(config)
     check_lengths(config, positions)
     check_teacher(config)
+    check_revision(config)
     for key in ("train_files", "val_files"):
         files = file_list(config.data[key])
         if not files:

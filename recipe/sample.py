@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -10,22 +9,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from recipe.cluster import importing, prepare_environment, ray_cluster
+from recipe.cluster import prepare_environment
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
-from recipe.environment import versions
+from recipe.drawing import Drawer
 from recipe.output_folder import check_writable
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig, sample_config
 from verl_ext.config import ConfigError
-from verl_ext.sample_store import MANIFEST, SampleStore, StoreError, read_store
-from verl_ext.sampling import Sampler, SampleRequest, SampleResult, SamplingSettings, plan_jobs, store_settings
-from verl_ext.sampling_prompts import PromptBuilder, PromptError
-from verl_ext.verifier_config import verifier_config
-from verl_ext.verifier_watch import VerifierBroken, VerifierWatch
+from verl_ext.sample_store import MANIFEST, StoreError, read_store
+from verl_ext.sampling import SampleRequest, SamplingSettings
+from verl_ext.sampling_prompts import PromptError
+from verl_ext.verifier_watch import VerifierBroken
 
 HELP = """Draw and verify samples of a model on verl's own rollout servers, into a store that can be topped up.
 
@@ -55,8 +53,6 @@ Options:
   --help    this text
 """
 GROUPS = ("model", "data", "hardware")
-SECONDS_BETWEEN_LINES = 5.0
-VERDICTS_BETWEEN_LOOKS = 64
 Finish = Callable[[dict[str, Any], RunConsole], dict[str, Any]]
 REFUSALS = (ConfigError, StoreError, PromptError, VerifierBroken)
 
@@ -129,84 +125,14 @@ def _draw(
     folder: Path,
     screen: RunConsole,
 ) -> int:
-    """The number of new samples. Everything that can go wrong without a server does so before Ray starts."""
-    from verl_ext.model_identity import checkpoint_weights, local_folder, model_identity
-    from verl_ext.verification import Verifier
-
-    model = config.actor_rollout_ref.model
-    if block.checkpoint:
-        with open_dict(config):
-            model.path = str(checkpoint_weights(block.checkpoint).absolute())
-            model.tokenizer_path = None
-    identity = model_identity(model.path)
-    weights = local_folder(model.path)
-    tokenizer = _tokenizer(config)
-    template_kwargs = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create())
-    prompts = PromptBuilder(tokenizer, template_kwargs)
-    verifier = Verifier.from_config(config, workers=block.verify_workers)
-    length = config.actor_rollout_ref.rollout.max_model_len or _position_limit(weights)
-    stored = store_settings(identity, settings, prompts, verifier)
-    try:
-        with SampleStore(folder, stored, info={"versions": versions()}) as store:
-            missing = plan_jobs(requests, settings, prompts, store, length)
-            if not missing:
-                screen.note("the store holds them all")
-                return 0
-            screen.note(f"{len(missing)} samples are missing; starting Ray and the rollout servers")
-            with importing("verl.workers.rollout.llm_server"), ray_cluster(config):
-                from verl_ext.rollout_servers import standalone_servers, stop_token_ids
-
-                with standalone_servers(config) as servers:
-                    sampler = Sampler(
-                        servers.get_client(),
-                        tokenizer,
-                        settings,
-                        verifier,
-                        template_kwargs=template_kwargs,
-                        max_model_len=length,
-                        stop_token_ids=stop_token_ids(weights),
-                        concurrency=block.concurrency,
-                    )
-                    screen.phase("sampling")
-                    before = len(requests) * settings.k - len(missing)
-                    report = _Progress(screen, before, verifier_config(config.verifier).max_error_rate)
-                    return len(sampler.run(requests, store, report))
-    finally:
-        verifier.close()
-
-
-class _Progress:
-    """A line every few seconds, with the share of right answers so far and the time left; stops a broken verifier."""
-
-    def __init__(self, screen: RunConsole, done_before: int, max_error_rate: float) -> None:
-        self._screen, self._done_before = screen, done_before
-        self._watch = VerifierWatch(max_error_rate, lambda text: screen.note(f"warning: {text}"))
-        self._results: list[SampleResult] = []
-        self._first: float | None = None
-        self._last = 0.0
-        self._right = self._judged = 0.0
-
-    def __call__(self, result: SampleResult, done: int, total: int) -> None:
-        if result.acc is not None:
-            self._right += result.acc
-            self._judged += 1
-        self._results.append(result)
-        if done % VERDICTS_BETWEEN_LOOKS == 0 or done == total:
-            self._watch.look(
-                "sampling",
-                [{"status": row.status, "error": row.error} for row in self._results],
-                lambda i: f"question {self._results[i].question_id}, response {self._results[i].text[:80]!r}",
-            )
-        now = time.monotonic()
-        if self._first is None:
-            # The first one takes the servers' warm-up; the pace is measured from here.
-            self._first = self._last = now
-        if now - self._last < SECONDS_BETWEEN_LINES and done < total:
-            return
-        self._last = now
-        right = f"{self._right / self._judged:.3f} right" if self._judged else "none judged"
-        left = (now - self._first) / max(1, done - 1) * (total - done)
-        self._screen.progress(self._done_before + done, f"samples, {right}", left)
+    """The number of new samples."""
+    with (
+        Drawer(
+            config, checkpoint=block.checkpoint, verify_workers=block.verify_workers, concurrency=block.concurrency
+        ) as drawer,
+        drawer.store(folder, settings) as store,
+    ):
+        return drawer.draw(requests, settings, store, screen)
 
 
 def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -235,26 +161,6 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "truncated": truncated,
         "verifier_errors": errors,
     }
-
-
-def _tokenizer(config: DictConfig) -> Any:
-    """As verl's workers load it."""
-    from verl.utils import hf_tokenizer
-
-    model = config.actor_rollout_ref.model
-    path = model.get("tokenizer_path") or model.path
-    try:
-        tokenizer = hf_tokenizer(path, trust_remote_code=model.get("trust_remote_code", False))
-    except Exception as error:
-        raise ConfigError(f"the tokenizer of {path} cannot be loaded: {error}") from error
-    if model.get("custom_chat_template"):
-        tokenizer.chat_template = model.custom_chat_template
-    return tokenizer
-
-
-def _position_limit(folder: Path) -> int | None:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings.get("max_position_embeddings") or settings.get("text_config", {}).get("max_position_embeddings")
 
 
 def help_text() -> str:

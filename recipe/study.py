@@ -18,6 +18,7 @@ from recipe.cluster import needed, prepare_environment, ray_cluster
 from recipe.compose import ROOT, compose_config
 from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
+from recipe.output_folder import unused_folder
 from recipe.run_files import write_atomically
 from recipe.study_chart import study_svg
 from recipe.study_file import KEYS, Study, StudyRun, read_study
@@ -60,28 +61,12 @@ def configurations(study: Study, outputs: Path, *, quiet: bool = False) -> dict[
         except ConfigError as error:
             raise ConfigError(f"run {run.run_id}: {error}") from error
         with open_dict(config):
-            config.run.output_dir = str(output_folder(outputs / study.name / run.run_id))
+            config.run.output_dir = str(unused_folder(outputs / study.name / run.run_id))
         configs[run.run_id] = config
     platforms = {config.run.platform for config in configs.values()}
     if len(platforms) > 1:
         raise ConfigError(f"the runs ask for several platforms ({platforms}); one Ray cluster has one: use two studies")
     return configs
-
-
-def output_folder(wanted: Path) -> Path:
-    """The folder of a run: as wanted, unless a run without a checkpoint to go on from was left in it."""
-    folder, attempt = wanted, 1
-    while (folder / "metrics.jsonl").exists() and not _resumable(folder):
-        attempt += 1
-        folder = wanted.with_name(f"{wanted.name}.{attempt}")
-    return folder
-
-
-def _resumable(folder: Path) -> bool:
-    # A checkpoint at the last step is there when the run ended and only its row could not be written: run it anew.
-    return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists() and not (
-        folder / "summary.json"
-    ).exists()
 
 
 def run_study(

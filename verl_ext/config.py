@@ -116,8 +116,9 @@ class DistillConfig:
     def _validate_reference(self) -> None:
         if not self.enabled or self.sequences.source != "reference":
             return
-        if self.context.kind == "sibling":
-            fail("context.kind", "sibling", "none or reference with sequences.source=reference, which has no rollouts")
+        if self.context.kind in ("sibling", "revision"):
+            fail("context.kind", self.context.kind, "none or reference with sequences.source=reference, which has no "
+                 "rollouts")  # fmt: skip
         if self.divergence.kind == "sampled_token":
             fail("divergence.kind", "sampled_token", "a divergence over a support with sequences.source=reference: the "
                  "student did not sample that text")  # fmt: skip

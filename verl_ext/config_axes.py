@@ -9,6 +9,7 @@ from typing import Any
 from verl_ext.config_values import ConfigError, fail, number, one_of, optional_number
 from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
 from verl_ext.reference_context import REFERENCE_TEMPLATE, ReferenceTemplate
+from verl_ext.revision import PHRASES, PLACEMENTS
 
 NORMALIZERS = ("none", "mean", "mean_active", "half", "max", "constant")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed", "akl", "sampled_token")
@@ -17,7 +18,7 @@ CLIP_LEVELS = ("entry", "token")
 INPUTS = ("auto", "logits", "hidden_states")
 TEACHERS = ("ema", "frozen", "live", "synced", "trust_region", "external")
 TEACHER_STATES = ("auto", "log_probs", "hidden_states")
-CONTEXTS = ("sibling", "reference", "none")
+CONTEXTS = ("sibling", "reference", "revision", "none")
 SOURCES = ("student_rollouts", "reference")
 STAGED = ("sequences", "context", "divergence", "weighting")
 """Blocks that may change between stages; teacher and worker layout stay."""
@@ -62,6 +63,7 @@ class TeacherConfig:
         update_rate: tau. ``ema``: teacher <- (1 - tau) teacher + tau student (SDPO: 0.05); ``trust_region``: the
             student's share of the logits.
         sync_every: trainer steps between two copies of the student, for ``synced``.
+        sync_limit: so many copies at most (SD-Zero's iterative self-evolution: one); None: no limit.
         path: model folder or hub name, for ``external``.
         states: what the teacher pass keeps of a row until the update. ``log_probs`` on a support (8 K bytes a token),
             or ``hidden_states`` before the head (2 D bytes a token in bf16, and one copy of the head): the update then
@@ -79,6 +81,7 @@ class TeacherConfig:
     kind: str = "ema"
     update_rate: float = 0.05
     sync_every: int = 1
+    sync_limit: int | None = None
     path: str | None = None
     states: str = "auto"
     offload: bool = False
@@ -102,10 +105,20 @@ class TeacherConfig:
         """Whether its own weights follow the student: they are kept in fp32 and in the checkpoints."""
         return self.kind in ("ema", "synced")
 
+    def rate_after(self, step: int) -> float:
+        """tau of the move after trainer step ``step`` (from 1): 0 leaves it, 1 copies the student."""
+        if self.kind == "ema":
+            return self.update_rate
+        due = self.kind == "synced" and step % self.sync_every == 0
+        return float(due and (self.sync_limit is None or step // self.sync_every <= self.sync_limit))
+
     def validate(self) -> None:
         one_of("teacher.kind", self.kind, TEACHERS)
         number("teacher.update_rate", self.update_rate, 0.0, 1.0)
         number("teacher.sync_every", self.sync_every, 1)
+        optional_number("teacher.sync_limit", self.sync_limit, 1)
+        if self.sync_limit is not None and self.kind != "synced":
+            fail("teacher.sync_limit", self.sync_limit, "null, or a number with kind=synced")
         if (self.kind == "external") != (self.path is not None):
             fail("teacher.path", self.path, "a model folder or hub name with kind=external, null otherwise")
         optional_number("teacher.workers", self.workers, 1)
@@ -123,7 +136,8 @@ class ContextConfig:
 
     Attributes:
         kind: ``sibling`` (a successful rollout of the same group, and feedback if switched on), ``reference`` (the data
-            set's own solution) or ``none``.
+            set's own solution), ``revision`` (the row's own attempt and a phrase that its reward chooses, SD-Zero) or
+            ``none``.
         demonstration: which success serves: ``first`` in rollout order, ``random`` or ``shortest``.
         own_success: may a right row be its own demonstration.
         success_threshold: reward from which a rollout counts as a success; also the threshold of the pass rate.
@@ -134,6 +148,12 @@ class ContextConfig:
         reference_key: key of ``extra_info`` that holds the solution, for ``reference``.
         reference_template: the user turn of the teacher's prompt, for ``reference``; it may use {prompt}, {problem} and
             must use {solution}.
+        phrases: whose control phrases stand between attempt and revision, for ``revision``: ``auto`` (those of the
+            model's family), ``paper``, ``qwen`` or ``olmo``.
+        phrase_right, phrase_wrong: the phrase after a right and after a wrong attempt; None: that of ``phrases``, which
+            is put here before a run starts.
+        placement: where attempt and phrase stand, for ``revision``: they begin the ``assistant``'s turn, or end the
+            ``user``'s (the public code's second stage of fine-tuning).
     """
 
     kind: str = "sibling"
@@ -149,6 +169,10 @@ class ContextConfig:
     feedback_template: str = FEEDBACK_TEMPLATE
     reference_key: str = "solution"
     reference_template: str = REFERENCE_TEMPLATE
+    phrases: str = "auto"
+    phrase_right: str | None = None
+    phrase_wrong: str | None = None
+    placement: str = "assistant"
 
     def validate(self) -> None:
         one_of("context.kind", self.kind, CONTEXTS)
@@ -167,6 +191,12 @@ class ContextConfig:
             ReferenceTemplate(self.reference_template)
         except ValueError as error:
             raise ConfigError(f"distill.context.{error}") from error
+        one_of("context.phrases", self.phrases, ("auto", *PHRASES))
+        for key in ("phrase_right", "phrase_wrong"):
+            text = getattr(self, key)
+            if text is not None and not text.strip():
+                fail(f"context.{key}", text, "a phrase, or null for that of context.phrases")
+        one_of("context.placement", self.placement, PLACEMENTS)
 
 
 @dataclass

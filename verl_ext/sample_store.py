@@ -29,11 +29,11 @@ def store_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """One line per setting in which the two differ, by dotted name."""
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], holder: str = "the store") -> list[str]:
+    """One line per setting in which the two differ, by dotted name; ``holder`` has the stored ones."""
     ours, theirs = _flat(stored), _flat(asked)
     return [
-        f"{name}: the store has {ours.get(name, 'none')!r}, asked for {theirs.get(name, 'none')!r}"
+        f"{name}: {holder} has {ours.get(name, 'none')!r}, asked for {theirs.get(name, 'none')!r}"
         for name in sorted(ours.keys() | theirs.keys())
         if name not in ours or name not in theirs or ours[name] != theirs[name]
     ]

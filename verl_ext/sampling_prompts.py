@@ -24,6 +24,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._kwargs = dict(template_kwargs or {})
         self._prompt = PromptTokenizer(tokenizer, self._kwargs)
+        self._open_texts: dict[tuple[int, ...], str] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class PromptBuilder:
             prompt = self._prompt(messages)
             if not prefix:
                 return list(prompt)
-            self._check_turn_is_open(question_id, messages, prompt)
+            text = self._open_text(question_id, messages, prompt)
         except PromptError:
             raise
         except Exception as error:
@@ -56,13 +57,23 @@ class PromptBuilder:
         ids = prompt + [int(token) for token in self._tokenizer.encode(prefix, add_special_tokens=False)]
         # Some tokenizers put a space before a text that stands alone, and small ones lack characters.
         read = self._tokenizer.decode(ids)
-        wanted = self._tokenizer.decode(prompt) + prefix
-        if read != wanted:
+        if read != text + prefix:
             raise PromptError(
                 f"question {question_id}: the tokenizer cannot continue the prefix {prefix[:80]!r}: its tokens read "
                 f"{read[-len(prefix) - 20 :]!r}"
             )
         return ids
+
+    def _open_text(self, question_id: str, messages: Sequence[Mapping[str, Any]], prompt: Sequence[int]) -> str:
+        """A prompt as text. The chat template is asked once a prompt whether it opens a turn: many prefixes share one.
+
+        Raises PromptError.
+        """
+        key = tuple(prompt)
+        if key not in self._open_texts:
+            self._check_turn_is_open(question_id, messages, prompt)
+            self._open_texts[key] = self._tokenizer.decode(prompt)
+        return self._open_texts[key]
 
     def _check_turn_is_open(
         self, question_id: str, messages: Sequence[Mapping[str, Any]], prompt: Sequence[int]

@@ -413,10 +413,7 @@ class DistillTrainer(QuestionTrainer):
         settings = self.distill.teacher
         if not settings.has_own_weights or settings.kind == "external":
             return
-        rate = settings.update_rate if settings.kind == "ema" else 0.0
-        if settings.kind == "synced" and self.global_steps % settings.sync_every == 0:
-            rate = 1.0
-        parts = self.actor_rollout_wg.update_teacher(rate)
+        parts = self.actor_rollout_wg.update_teacher(settings.rate_after(self.global_steps))
         if settings.moves:
             metrics["teacher/moved"] = parts[0]["moved"]
         metrics["teacher/distance"] = math.sqrt(sum(part["squared_distance"] for part in parts))

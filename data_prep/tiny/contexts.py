@@ -4,7 +4,8 @@ A model this small understands only contexts it has seen, to the letter. So ever
 templates in circulation differ: leading and trailing blank lines) and wording, around the exact text training uses.
 
 The kinds here are those of the plain world, whose answer is a digit in a box; :mod:`data_prep.tiny.format_contexts` has
-those of the other answer formats, and :mod:`data_prep.tiny.flavours` mixes kinds into flavours.
+those of the other answer formats, :mod:`data_prep.tiny.revision_contexts` those of self-revision, and
+:mod:`data_prep.tiny.flavours` mixes kinds into flavours.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Example:
 
     messages: list[dict[str, str]]
     response: str
+    given: str = ""  # what the assistant turn holds before the response; not trained on
+    untrained: tuple[tuple[int, int], ...] = ()  # spans [start, end) of characters of the response not trained on
 
 
 Kind = Callable[[Problem, random.Random, float], Example]

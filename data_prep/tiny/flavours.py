@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from data_prep.tiny import contexts, format_contexts
+from data_prep.tiny import contexts, format_contexts, revision_contexts
 from data_prep.tiny.contexts import Example, Kind
 from data_prep.tiny.formats import FORMATS, LETTERS
 from data_prep.tiny.task import random_problem
@@ -25,12 +25,21 @@ class Flavour:
     description: str
     kinds: dict[str, tuple[float, Kind]]
     formats: tuple[str, ...] = ()  # names of the answer formats; none: the answer in a box
+    revises: bool = False  # whether it knows attempts, control phrases and revisions
     extra_pieces: tuple[str, ...] = ()
     token_weights: dict[str, float] = field(default_factory=dict)  # of tokens whose loss does not count once
     steps: int = 1400  # optimiser steps of its warm start
 
 
 SHARES = {"plain": 0.46, "sibling": 0.30, "feedback": 0.16, "sibling_and_feedback": 0.08}
+REVISION_SHARES = {
+    "plain": 0.36,
+    "sibling": 0.08,
+    "tolerant_sibling": 0.08,
+    "feedback": 0.06,
+    "revise_right": 0.14,
+    "revise_wrong": 0.28,
+}
 
 
 def _of_formats(description: str, names: tuple[str, ...]) -> Flavour:
@@ -44,7 +53,7 @@ def _of_formats(description: str, names: tuple[str, ...]) -> Flavour:
         description,
         kinds,
         names,
-        format_contexts.FORMAT_PIECES,
+        extra_pieces=format_contexts.FORMAT_PIECES,
         token_weights=dict.fromkeys(LETTERS, LETTER_WEIGHT),
         steps=1600,
     )
@@ -58,6 +67,16 @@ FLAVOURS: dict[str, Flavour] = {
     "multiple_choice": _of_formats("four options, a letter as answer", ("multiple_choice",)),
     "tool_call": _of_formats("two tools, a call as answer", ("tool_call",)),
     "formats": _of_formats("both of these in one checkpoint (no data set of its own)", tuple(FORMATS)),
+    "revision": Flavour(
+        description="an answer in a box, and revisions of attempts (the data are those of plain)",
+        kinds={
+            kind: (share, {**contexts.KINDS, **revision_contexts.KINDS}[kind])
+            for kind, share in REVISION_SHARES.items()
+        },
+        revises=True,
+        extra_pieces=revision_contexts.REVISION_PIECES,
+        steps=1800,
+    ),
 }
 
 

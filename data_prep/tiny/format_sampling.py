@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.tiny import sampling
+from data_prep.tiny import revision_sampling, sampling
 from data_prep.tiny.contexts import reprompt
 from data_prep.tiny.flavours import FLAVOURS, LEVELS
 from data_prep.tiny.formats import FORMATS, Asked
@@ -23,6 +23,8 @@ ACCEPTED = {
 
 def measure_flavour(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flavour: str) -> dict[str, float]:
     """The accuracies of a checkpoint of the given flavour; those of formats are named ``format/accuracy``."""
+    if FLAVOURS[flavour].revises:
+        return revision_sampling.measure(model, tokenizer)
     formats = FLAVOURS[flavour].formats
     if not formats:
         return sampling.measure(model, tokenizer)

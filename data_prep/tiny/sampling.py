@@ -23,19 +23,19 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     user_turns: Sequence[str],
     *,
+    given: Sequence[str] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 512,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """One response per user turn; temperature 0 is greedy. The result depends on the seed, not on the global one."""
+    """One response per user turn; temperature 0 is greedy. The result depends on the seed, not on the global one.
+
+    ``given`` is what the assistant turns already hold; the responses go on from there and do not repeat it.
+    """
     model.eval()
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True)
-        for turn in user_turns
-    ]
-    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    prompt_ids = encode_prompts(tokenizer, user_turns, given)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
     responses = [""] * len(prompt_ids)
     for start in range(0, len(order), batch_size):
@@ -44,6 +44,20 @@ def sample(
         for i, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             responses[i] = text
     return responses
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, user_turns: Sequence[str], given: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Token ids of user turns with the assistant turn opened, and of what it already holds, tokenised by itself."""
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True)
+        for turn in user_turns
+    ]
+    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    if given is None:
+        return prompt_ids
+    return [ids + tokenizer.encode(text, add_special_tokens=False) for ids, text in zip(prompt_ids, given, strict=True)]
 
 
 def _sample_batch(

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -71,14 +71,31 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     return model
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-    """Prompt ids and response ids (with the end token) of each example."""
+class Encoded(NamedTuple):
+    """Token ids of an example, and the same as labels, IGNORED where nothing is trained."""
+
+    tokens: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[Encoded]:
+    """The examples as tokens, each with the end token; prompt, given text and response are tokenised by themselves."""
     conversations = [example.messages for example in examples]
     prompts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     responses = [example.response + tokenizer.eos_token for example in examples]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    return list(zip(prompt_ids, response_ids, strict=True))
+    given_ids = tokenizer([example.given for example in examples], add_special_tokens=False)["input_ids"]
+    written = tokenizer(responses, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = []
+    for example, prompt, given, response, offsets in zip(
+        examples, prompt_ids, given_ids, written["input_ids"], written["offset_mapping"], strict=True
+    ):
+        labels = [IGNORED] * (len(prompt) + len(given)) + [
+            IGNORED if any(first < end and start < last for first, last in example.untrained) else token
+            for token, (start, end) in zip(response, offsets, strict=True)
+        ]
+        encoded.append(Encoded(prompt + given + response, labels))
+    return encoded
 
 
 def batches(settings: WarmStart, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,18 +105,17 @@ def batches(settings: WarmStart, tokenizer: PreTrainedTokenizerBase) -> Iterator
     while True:
         count = settings.batch_size * settings.batches_per_bucket
         encoded = encode(tokenizer, [random_example(flavour, rng, settings.error_scale) for _ in range(count)])
-        encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        encoded.sort(key=lambda row: len(row.tokens))
         starts = list(range(0, count, settings.batch_size))
         rng.shuffle(starts)
         for start in starts:
             rows = encoded[start : start + settings.batch_size]
-            width = max(len(prompt) + len(response) for prompt, response in rows)
+            width = max(len(row.tokens) for row in rows)
             tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
             labels = torch.full((len(rows), width), IGNORED)
-            for i, (prompt, response) in enumerate(rows):
-                end = len(prompt) + len(response)
-                tokens[i, :end] = torch.tensor(prompt + response)
-                labels[i, len(prompt) : end] = torch.tensor(response)
+            for i, row in enumerate(rows):
+                tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+                labels[i, : len(row.labels)] = torch.tensor(row.labels)
             yield tokens, labels
 
 
@@ -128,7 +144,7 @@ def train(
     progress: bool = True,
     on_step: Callable[[int, Qwen3ForCausalLM], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """Train from scratch; the loss covers the response only."""
+    """Train from scratch; the loss covers the response only, without its untrained parts."""
     if settings.flavour not in FLAVOURS:
         raise ValueError(f"flavour {settings.flavour!r} is unknown; expected one of {sorted(FLAVOURS)}")
     threads_before = torch.get_num_threads()

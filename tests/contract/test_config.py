@@ -16,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe import sample_settings, settings, snr_settings, teacher_text_settings
+from recipe import sample_settings, settings, sft_settings, snr_settings, srt_settings, teacher_text_settings
 from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
 from recipe.study_file import read_study
 from recipe.train import help_text, main
@@ -34,7 +34,8 @@ PRESETS = [f"{group}={name}" for group in GROUPS for name in choices(group)]
 BLOCKS = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaults(),
           "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig()),
           "forgetting": forgetting_config.defaults(), "snr": snr_settings.defaults(),
-          "text": teacher_text_settings.defaults()}  # fmt: skip
+          "text": teacher_text_settings.defaults(), "sft": sft_settings.defaults(),
+          "srt": srt_settings.defaults()}  # fmt: skip
 
 
 def block(*overrides: str) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         found = {"distill": {package.removeprefix("distill."): found}}
     known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
     known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
-    for name in ("sample", "forgetting", "snr", "text"):
+    for name in ("sample", "forgetting", "snr", "text", "sft", "srt"):
         known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
     found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
@@ -180,7 +181,53 @@ PACED_WEIGHT = {
     "actor_rollout_ref.rollout.temperature": 1.0,
 }
 
+SD_ZERO = {
+    "distill.coefficient": 1.0,
+    "distill.teacher.kind": "frozen",
+    "distill.context.kind": "revision",
+    "distill.context.placement": "assistant",
+    "distill.weighting.alpha": 0.0,
+    "distill.divergence.aggregation": "token-mean",
+    "data.train_batch_size": 128,
+    "actor_rollout_ref.rollout.n": 1,
+    "actor_rollout_ref.actor.optim.lr": 5e-6,
+    "actor_rollout_ref.actor.optim.weight_decay": 0.01,
+    "srt.attempts": 1,
+    "srt.revisions": 3,
+    "srt.temperature": 1.0,
+    "srt.top_p": 0.9,
+    "srt.limit": 10_000,
+    "srt.max_traces": 6000,
+    "sft.lr": 5e-6,
+    "sft.epochs": 3,
+    "sft.schedule": "cosine",
+    "sft.warmup": 0.05,
+    "sft.weight_decay": 1e-4,
+    "sft.betas": [0.9, 0.95],
+    "sft.max_length": 32768,
+    "chain.stages": ["collect", "sft", "distil", "evaluate"],
+    "chain.fresh_questions": True,
+}
+
 PUBLISHED = {
+    "method=sd_zero": SD_ZERO | {"distill.divergence.kind": "reverse_kl", "srt.losses": "joint", "run.steps": 70},
+    "method=sd_zero_code": SD_ZERO
+    | {
+        "distill.divergence.kind": "mixed",
+        "distill.divergence.alpha": 0.5,
+        "distill.divergence.support": "teacher_topk",
+        "distill.divergence.topk": 64,
+        "distill.divergence.tail": False,
+        "srt.losses": "two_stage",
+        "srt.placement": "user",
+        "srt.revise_right": False,
+    },
+    "method=rft": {
+        "srt.attempts": 4,
+        "srt.revisions": 0,
+        "distill.coefficient": 0.0,
+        "chain.stages": ["collect", "sft", "evaluate"],
+    },
     "method=sdpo": {
         "distill.coefficient": 1.0,
         "distill.carrier": "loss",
@@ -326,7 +373,7 @@ def test_a_published_preset_has_the_values_its_source_states(preset: str) -> Non
     found = {}
     for key in PUBLISHED[preset]:
         value = OmegaConf.select(config, key)
-        found[key] = OmegaConf.to_container(value) if isinstance(value, DictConfig) else value
+        found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     assert found == PUBLISHED[preset]
 
 

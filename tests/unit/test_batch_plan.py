@@ -203,6 +203,41 @@ def test_without_context_the_teacher_reads_the_students_prompt():
     assert too_long.distill_N.tolist() == [False, True] and too_long.metrics["context/too_long"] == 1
 
 
+REVISION = ContextConfig(kind="revision", phrase_right="R", phrase_wrong="W")
+
+
+def test_a_revision_shows_the_row_s_own_attempt_and_the_phrase_of_its_reward():
+    result = plan(batch_of("10e", "1"), context=REVISION)
+    texts = [None if ids is None else TOKENIZER.decode(ids) for ids in result.teacher_prompt_ids_N]
+    assert texts == [
+        "[user]question 0>q0 rollout 0\n\nR\n\n",
+        "[user]question 0>q0 rollout 1\n\nW\n\n",
+        None,  # the verifier failed: neither right nor wrong
+        "[user]question 1>q1 rollout 0\n\nR\n\n",
+    ]
+    assert result.distill_N.tolist() == [True, True, False, True] and result.demonstrations_N == [None] * 4
+    names = ("rows", "phrase_right", "phrase_wrong", "without_verdict", "distilled")
+    assert [result.metrics[f"context/{name}"] for name in names] == [4, 2, 1, 1, 3]
+    user = plan(batch_of("0"), context=replace(REVISION, placement="user"))
+    assert TOKENIZER.decode(user.teacher_prompt_ids_N[0]) == "[user]question 0\n\nq0 rollout 0\n\nW>"
+
+
+def test_a_revision_follows_the_threshold_the_limits_and_the_order_and_skips_padding():
+    batch = batch_of("0101", "e0", rewards=[0.0, 0.7, 0.3, 1.0, 1.0, 0.0], uids=["a"] * 4 + ["pad1", "b"])
+    context = replace(REVISION, success_threshold=0.7)
+    result = plan(batch, context=context)
+    assert [ids and TOKENIZER.decode(ids)[-3] for ids in result.teacher_prompt_ids_N] == ["W", "R", "W", "R", None, "W"]
+    assert result.metrics["context/rows"] == 5 and result.metrics["context/without_verdict"] == 0
+    order = [5, 3, 0, 4, 2, 1]
+    mixed = plan(take(batch, order), context=context)
+    assert mixed.teacher_prompt_ids_N == [result.teacher_prompt_ids_N[i] for i in order]
+    length = len(result.teacher_prompt_ids_N[0])
+    too_long = plan(batch, context=context, max_total=length + 19)
+    assert not too_long.distill_N.any() and too_long.metrics["context/too_long"] == 5
+    with pytest.raises(ValueError, match="resolve_phrases"):
+        plan(batch, context=ContextConfig(kind="revision"))
+
+
 def test_distillation_off_renders_nothing():
     def never(*_, **__):
         raise AssertionError("a prompt was rendered")

@@ -91,6 +91,8 @@ def test_a_divergence_that_cannot_be_is_refused_with_key_value_and_what_is_allow
         ({"teacher": {"path": "x"}}, "path", "'x'", "null otherwise"),
         ({"teacher": {"kind": "copy"}}, "kind", "'copy'", "ema, frozen, live, synced, trust_region, external"),
         ({"teacher": {"kind": "synced", "sync_every": 0}}, "sync_every", "0", "from 1"),
+        ({"teacher": {"kind": "synced", "sync_limit": 0}}, "sync_limit", "0", "from 1"),
+        ({"teacher": {"kind": "frozen", "sync_limit": 1}}, "sync_limit", "1", "kind=synced"),
         ({"teacher": {"kind": "trust_region", "update_rate": 1.5}}, "update_rate", "1.5", "from 0.0 to 1.0"),
         ({"teacher": {"states": "logits"}}, "states", "'logits'", "auto, log_probs, hidden_states"),
         (
@@ -232,3 +234,48 @@ def test_a_teacher_kind_says_whether_it_has_weights_of_its_own_and_whether_they_
 ) -> None:
     teacher = distill_config({"teacher": {"kind": kind, "path": "x" if kind == "external" else None}}).teacher
     assert (teacher.has_own_weights, teacher.moves) == (own, moves)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "rates"),
+    [
+        ({"kind": "ema", "update_rate": 0.25}, [0.25] * 6),
+        ({"kind": "frozen"}, [0.0] * 6),
+        ({"kind": "synced", "sync_every": 2}, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]),
+        ({"kind": "synced", "sync_every": 2, "sync_limit": 1}, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+        ({"kind": "synced", "sync_every": 1, "sync_limit": 3}, [1.0] * 3 + [0.0] * 3),
+    ],
+)
+def test_how_far_the_teacher_moves_after_a_step(teacher: dict, rates: list[float]) -> None:
+    settings = distill_config({"teacher": teacher}).teacher
+    assert [settings.rate_after(step) for step in range(1, 7)] == rates
+
+
+# ------------------------------------------------------------------------------------------------------------ revision
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("kind", "self_revision", "sibling, reference, revision, none"),
+        ("phrases", "gemma", "auto, paper, qwen, olmo"),
+        ("phrase_right", "", "a phrase, or null for that of context.phrases"),
+        ("phrase_wrong", " \t", "a phrase, or null for that of context.phrases"),
+        ("placement", "system", "assistant, user"),
+    ],
+)
+def test_a_revision_that_cannot_be_is_refused_with_key_value_and_what_is_allowed(
+    key: str, value: str, allowed: str
+) -> None:
+    message = refused({"context": {"kind": "revision"} | {key: value}})
+    assert message == f"distill.context.{key} is {value!r}; allowed: {allowed}"
+
+
+def test_a_revision_needs_the_student_s_own_attempts() -> None:
+    block = {"sequences": {"source": "reference"}, "context": {"kind": "revision"}}
+    assert refused(block).startswith("distill.context.kind is 'revision'; allowed: none or reference with sequences.so")
+    distill_config(block | {"sequences": {}, "teacher": {"kind": "frozen"}})
+    message = refused(
+        {"context": {"kind": "revision"}, "schedule": {"switch": 0.5, "second": {"sequences": block["sequences"]}}}
+    )
+    assert message.startswith("in the second stage (distill.schedule.second): distill.context.kind is 'revision'")

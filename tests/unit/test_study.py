@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from recipe import study as study_module
 from recipe.compose import ROOT
 from recipe.environment import commit, machine, versions
+from recipe.output_folder import unused_folder
 from recipe.run_files import RunFiles
-from recipe.study import configurations, main, output_folder, run_study
+from recipe.study import configurations, main, run_study
 from recipe.study_chart import study_svg
 from recipe.study_file import Study, parse_study, read_study
 from recipe.study_rows import cost_lines, expected_seconds, read_rows, row_path, table
@@ -64,7 +65,7 @@ def go(study: Study, tmp_path: Path, run: Callable[[DictConfig], Mapping[str, An
             {
                 "run": {
                     "seed": one.seed,
-                    "output_dir": str(output_folder(tmp_path / "outputs" / study.name / one.run_id)),
+                    "output_dir": str(unused_folder(tmp_path / "outputs" / study.name / one.run_id)),
                 },
                 "distill": {"method": one.entry},
             }
@@ -199,9 +200,9 @@ def test_a_run_with_a_checkpoint_goes_on_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{}\n")
-    assert output_folder(folder) == tmp_path / "run.2"
+    assert unused_folder(folder) == tmp_path / "run.2"
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
-    assert output_folder(folder) == folder
+    assert unused_folder(folder) == folder
 
 
 def test_a_file_that_is_no_row_is_named(tmp_path: Path) -> None:
