@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def composed(method: str) -> Any:
     """Composing takes most of a second."""
-    return compose_config([f"method={method}", "model=tiny_revision", "run.steps=4"])
+    return compose_config([f"method={method}", "model=tiny_revision", "data=tiny_world_long", "run.steps=4"])
 
 
 def compose(data: Path, out: Path, method: str = "sd_zero", **values: Any) -> Any:
