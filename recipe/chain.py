@@ -45,7 +45,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
     ),
     "sft": ("sft",),
     "distil": ("chain.fresh_questions", "actor_rollout_ref", "algorithm", "data", "distill", "run.steps"),
-    "evaluate": ("run.val_samples", "chain.evaluate_base", "chain.evaluate_revisions", "data.val_files"),
+    "evaluate": ("run.val_samples", "chain.evaluate", "chain.evaluate_revisions", "data.val_files"),
 }
 IRRELEVANT = (
     *("srt.out", "srt.concurrency", "srt.verify_workers", "sft.out", "sft.files"),
@@ -240,11 +240,12 @@ def _evaluate(config: DictConfig, folder: Path, record: Mapping[str, Any]) -> di
     from recipe import srt
 
     chain = chain_config(config)
-    models: dict[str, str | None] = {"base": None} if chain.evaluate_base else {}
+    models: dict[str, str | None] = {"base": None}
     if "sft" in record:
         models["sft"] = record["sft"]["summary"]["model"]
     if "distil" in record:
         models["distil"] = record["distil"]["summary"]["checkpoint"]
+    models = {name: checkpoint for name, checkpoint in models.items() if name in chain.evaluate}
     reviser = chain.evaluate_revisions if config.distill.context.kind == "revision" else 0
     validation = config.actor_rollout_ref.rollout.val_kwargs
     found: dict[str, Any] = {}

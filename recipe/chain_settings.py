@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_ext.config import ConfigError
 
 STAGES = ("collect", "sft", "distil", "evaluate")
+MODELS = ("base", "sft", "distil")
 
 
 @dataclass
@@ -21,13 +22,13 @@ class ChainConfig:
             evaluate, in this order; empty: no chain. Without collect the student starts from the model itself.
         fresh_questions: distil on the training questions that collect did not ask (those beyond srt.skip + srt.limit,
             and before srt.skip).
-        evaluate_base: evaluate the model before the first stage too.
+        evaluate: which models: base (before the first stage), sft, distil; those that there are.
         evaluate_revisions: revisions per attempt in the evaluation, for the reviser's correction rate; 0: none.
     """
 
     stages: list[str] = field(default_factory=list)
     fresh_questions: bool = False
-    evaluate_base: bool = True
+    evaluate: list[str] = field(default_factory=lambda: list(MODELS))
     evaluate_revisions: int = 1
 
     def validate(self) -> None:
@@ -36,6 +37,8 @@ class ChainConfig:
             raise ConfigError(f"chain.stages is {list(self.stages)}; allowed: some of {list(STAGES)}, in this order")
         if ("collect" in self.stages) != ("sft" in self.stages):
             raise ConfigError(f"chain.stages is {list(self.stages)}; allowed: collect and sft together or neither")
+        if not set(self.evaluate) <= set(MODELS) or not self.evaluate:
+            raise ConfigError(f"chain.evaluate is {list(self.evaluate)}; allowed: some of {list(MODELS)}")
         count = self.evaluate_revisions
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ConfigError(f"chain.evaluate_revisions is {count!r}; allowed: a whole number from 0")

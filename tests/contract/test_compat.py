@@ -70,8 +70,10 @@ def test_a_plugin_that_fails_stops_import_verl_with_its_error(tmp_path: Path) ->
 
 # --------------------------------------------------------------------------------------------------- the vLLM version
 
-VERSION = "import importlib.metadata as m\ntry:\n    print(m.version('vllm'))\nexcept m.PackageNotFoundError:\n" \
-          "    print('none')\n"
+VERSION = (
+    "import importlib.metadata as m\ntry:\n    print(m.version('vllm'))\nexcept m.PackageNotFoundError:\n"
+    "    print('none')\n"
+)
 
 
 def test_the_distribution_vllm_has_no_version_without_us_and_one_of_the_cpu_build_with_us() -> None:

@@ -133,18 +133,25 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
 
 def test_the_templates_are_sdpo_s_byte_for_byte() -> None:
     context = block("method=sdpo")["context"]
-    assert context["reprompt_template"] == REPROMPT_TEMPLATE == (
-        "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+    assert (
+        context["reprompt_template"]
+        == REPROMPT_TEMPLATE
+        == ("{prompt}{solution}{feedback}\n\nCorrectly solve the original question.")
     )
     assert context["solution_template"] == SOLUTION_TEMPLATE == "\nCorrect solution:\n\n{successful_previous_attempt}"
-    assert context["feedback_template"] == FEEDBACK_TEMPLATE == (
-        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+    assert (
+        context["feedback_template"]
+        == FEEDBACK_TEMPLATE
+        == ("\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}")
     )
 
 
 def test_configuration_docs_name_every_key_with_its_default() -> None:
-    rows = [line for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith(tuple(f"| `{name}." for name in BLOCKS))]
+    rows = [
+        line
+        for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(tuple(f"| `{name}." for name in BLOCKS))
+    ]
     documented = {line.split("`")[1]: [cell.strip() for cell in line.strip("|").split("|")] for line in rows}
     expected = {f"{name}.{key}": value for name, values in BLOCKS.items() for key, value in flat(values).items()}
     assert set(documented) == set(expected)

@@ -70,15 +70,28 @@ PARAMETERS = {
     "verl.trainer.ppo.reward:get_custom_reward_fn": ["config"],
     "verl.trainer.ppo.core_algos:register_adv_est": ["name_or_enum"],
     "verl.trainer.ppo.core_algos:agg_loss": [
-        "loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "global_batch_size",
+        "loss_mat",
+        "loss_mask",
+        "loss_agg_mode",
+        "dp_size",
+        "batch_num_tokens",
+        "global_batch_size",
         "loss_scale_factor",
     ],
     "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size": ["batch", "batch_multiple", "eos_token_id"],
     "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_and_add_to_batch": [
-        "batch", "rollout_corr_config",
+        "batch",
+        "rollout_corr_config",
     ],
     "verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories": [
-        "data", "batch_keys", "adv_estimator", "gamma", "lam", "num_repeat", "norm_adv_by_std_in_grpo", "config",
+        "data",
+        "batch_keys",
+        "adv_estimator",
+        "gamma",
+        "lam",
+        "num_repeat",
+        "norm_adv_by_std_in_grpo",
+        "config",
     ],
     "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__": ["poll_interval"],
     "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample": ["global_steps", "partition_id", "batch_size"],
@@ -110,14 +123,22 @@ PARAMETERS = {
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ.create": [],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ._init_agent_loop_workers": [],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ._run_prompt": [
-        "prompt", "sampling_params", "trajectory", "trace",
+        "prompt",
+        "sampling_params",
+        "trajectory",
+        "trace",
     ],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ._run_agent_loop": [
-        "sampling_params", "trajectory", "agent_name", "kwargs",
+        "sampling_params",
+        "trajectory",
+        "agent_name",
+        "kwargs",
     ],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ._agent_loop_postprocess": ["output", "validate", "kwargs"],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ._compute_position_ids": [
-        "input_ids", "attention_mask", "multi_modal_inputs",
+        "input_ids",
+        "attention_mask",
+        "multi_modal_inputs",
     ],
     "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.generate_sequences": ["batch"],
     "verl.experimental.agent_loop.agent_loop:AgentLoopBase.ct_build_initial_tokens": ["messages"],
@@ -225,8 +246,9 @@ FIT = [
 def calls(function: Callable[..., Any], prefixes: tuple[str, ...] = ("self.", "tq.")) -> list[str]:
     """The calls on ``self`` (and the like) that a function makes, in the order of its source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    found = [(node.lineno, node.col_offset, ast.unparse(node.func)) for node in ast.walk(tree)
-             if isinstance(node, ast.Call)]
+    found = [
+        (node.lineno, node.col_offset, ast.unparse(node.func)) for node in ast.walk(tree) if isinstance(node, ast.Call)
+    ]
     return [name for _, _, name in sorted(found) if name.startswith(prefixes) and ".config." not in name]
 
 
@@ -254,10 +276,24 @@ def test_everything_our_trainer_overrides_or_calls_exists_in_the_base_with_the_s
 
     base = trainer_class()
     overridden = {
-        "_init_dataloader", "_build_replay_buffer", "_init_resource_pool_mgr", "on_init_end", "_step_once",
-        "_compute_old_log_prob", "_compute_advantage", "_update_actor", "on_step_end", "on_validate_begin",
-        "on_validate_end", "_val_metrics_update", "_save_checkpoint", "_load_checkpoint", "_setup", "on_step_begin",
-        "_fetch_one_gen_batch", "_validate",
+        "_init_dataloader",
+        "_build_replay_buffer",
+        "_init_resource_pool_mgr",
+        "on_init_end",
+        "_step_once",
+        "_compute_old_log_prob",
+        "_compute_advantage",
+        "_update_actor",
+        "on_step_end",
+        "on_validate_begin",
+        "on_validate_end",
+        "_val_metrics_update",
+        "_save_checkpoint",
+        "_load_checkpoint",
+        "_setup",
+        "on_step_begin",
+        "_fetch_one_gen_batch",
+        "_validate",
     }
     for name in overridden:
         mine, theirs = inspect.signature(getattr(DistillTrainer, name)), inspect.signature(getattr(base, name))
@@ -265,8 +301,16 @@ def test_everything_our_trainer_overrides_or_calls_exists_in_the_base_with_the_s
     ours = vars(QuestionTrainer) | vars(DistillTrainer)
     shared = {name for name, value in ours.items() if callable(value) and hasattr(base, name)}
     assert shared - {"__init__", "__doc__", "__module__"} == overridden, "a method of ours hides one of verl's"
-    for name in ("_compute_ref_log_prob", "on_sample_begin", "on_sample_end", "get_llm_client", "get_teacher_client",
-                 "get_reward_handles", "init", "fit"):
+    for name in (
+        "_compute_ref_log_prob",
+        "on_sample_begin",
+        "on_sample_end",
+        "get_llm_client",
+        "get_teacher_client",
+        "get_reward_handles",
+        "init",
+        "fit",
+    ):
         assert callable(getattr(base, name)), name
 
 
@@ -296,8 +340,16 @@ def test_the_inner_worker_classes_are_attributes_that_a_subclass_may_set() -> No
 
 def test_the_mini_batch_loop_we_replace_still_sets_what_ours_sets() -> None:
     source = inspect.getsource(resolve("verl.workers.engine_workers:TrainingWorker.train_mini_batch"))
-    for name in ("mini_batch_size", "num_mini_batch", "epochs", "seed", "dataloader_kwargs", "global_token_num",
-                 "update_lr_scheduler", "disable_auto_offload"):
+    for name in (
+        "mini_batch_size",
+        "num_mini_batch",
+        "epochs",
+        "seed",
+        "dataloader_kwargs",
+        "global_token_num",
+        "update_lr_scheduler",
+        "disable_auto_offload",
+    ):
         assert name in source, name
 
 
@@ -323,9 +375,7 @@ MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 def test_aggregation_divides_by_the_fixed_counts_it_is_given(mode: str, expected: float) -> None:
     from verl.trainer.ppo.core_algos import agg_loss
 
-    value = agg_loss(
-        LOSS, MASK, mode, dp_size=2, batch_num_tokens=20, global_batch_size=6, loss_scale_factor=48
-    )
+    value = agg_loss(LOSS, MASK, mode, dp_size=2, batch_num_tokens=20, global_batch_size=6, loss_scale_factor=48)
     assert float(value) == pytest.approx(expected, rel=1e-6)
 
 
@@ -580,8 +630,19 @@ def test_the_grouped_agent_loop_writes_the_fields_and_tags_that_verls_own_writes
     from verl_ext.agent_loops import GroupedAgentLoopWorker
 
     ours = inspect.getsource(GroupedAgentLoopWorker._hand_on)
-    for name in ("status", "prompt_len", "response_len", "seq_len", "global_steps", "min_global_steps",
-                 "max_global_steps", "loss_mask", "input_ids", "position_ids", "multi_modal_inputs"):
+    for name in (
+        "status",
+        "prompt_len",
+        "response_len",
+        "seq_len",
+        "global_steps",
+        "min_global_steps",
+        "max_global_steps",
+        "loss_mask",
+        "input_ids",
+        "position_ids",
+        "multi_modal_inputs",
+    ):
         assert f'"{name}"' in theirs and f'"{name}"' in ours, name
 
 

@@ -116,6 +116,12 @@ def test_stages_are_checked(stages: list[str], message: str, data: Path, tmp_pat
         chain_config(compose(data, tmp_path, chain__stages=stages))
 
 
+def test_what_is_evaluated_is_checked(data: Path, tmp_path: Path) -> None:
+    for wrong in ([], ["base", "teacher"]):
+        with pytest.raises(ConfigError, match=r"chain\.evaluate is .*some of \['base', 'sft', 'distil'\]"):
+            chain_config(compose(data, tmp_path, chain__evaluate=wrong))
+
+
 def test_distillation_alone_starts_from_the_model_itself(data: Path, tmp_path: Path) -> None:
     config = compose(data, tmp_path)
     assert chain._start_model(config, {}) == config.actor_rollout_ref.model.path

@@ -108,9 +108,7 @@ def test_the_hub_is_asked_only_where_the_family_must_be_known(
     assert asked == ["some/model"] and phrases(config.distill.context) == texts("olmo")
     other = changed(config, context__phrase_right=None)
     other.actor_rollout_ref.model.path = str(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"config.json cannot be read \(.*No such file.*\); .*set distill.context"
-    ):
+    with pytest.raises(ConfigError, match=r"config.json cannot be read \(.*No such file.*\); .*set distill.context"):
         resolve_phrases(other)
 
 
