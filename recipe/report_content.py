@@ -225,6 +225,19 @@ def charts(records: Sequence[Record], completions: Sequence[Record] = ()) -> lis
             "single steps.",
         ),
         _profile_chart(completions),
+        line_chart(
+            "Reviser",
+            steps,
+            [
+                Series("wrong attempts corrected", column("reviser/correction_rate"), 1, markers=True),
+                Series("right attempts kept right", column("reviser/retention"), 3, markers=True),
+            ],
+            fmt=percent,
+            x_label="model",
+            include=(0.0, 1.0),
+            help="Share of right answers among revisions of the model's own attempts, model by model: "
+            + ", ".join(f"{record['step']} {record['stage']}" for record in records if "stage" in record),
+        ),
         single("Response length", "response/length", 0, y_label="tokens", help="Mean over the rollouts of the step."),
         single("Gradient norm", "actor/grad_norm", 1, help="Before clipping."),
         stacked_chart(

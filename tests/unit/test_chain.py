@@ -75,7 +75,8 @@ def test_every_stage_runs_once_and_the_summary_counts_samples(data: Path, tmp_pa
     assert (summary["before"], summary["after"], summary["metric"]) == (0.4, 0.6, "val/mean@8")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["stage"], row["val/mean@8"]) for row in rows] == [(0, "base", 0.4), (1, "distil", 0.6)]
-    assert Path(summary["report"]).exists()
+    report = Path(summary["report"]).read_text()
+    assert "Reviser" in report and "0 base, 1 distil" in report and "model 1: wrong attempts corrected 50%" in report
     assert chain.run(config)["after"] == 0.6 and len(calls) == 4
 
 
