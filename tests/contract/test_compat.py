@@ -6,9 +6,13 @@ import inspect
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from recipe.compose import compose_config
 
 pytestmark = pytest.mark.contract
 
@@ -216,3 +220,12 @@ def test_recipe_and_verl_ext_are_ours_although_other_packages_install_a_recipe_f
 def test_the_driver_s_own_modules_do_not_import_verl_before_the_environment_is_set() -> None:
     done = python("import sys, recipe.train, recipe.study; print('verl' in sys.modules, 'ray' in sys.modules)")
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_vllm_rolls_a_seeded_request_back_in_a_way_that_a_cpu_generator_has_not() -> None:
+    """Why conf/hardware/cpu.yaml switches chunked prefill off; once this fails, the key can go."""
+    runner = (Path(find_spec("vllm").origin).parent / "v1" / "worker" / "gpu_model_runner.py").read_text()
+    assert "gen.set_offset(gen.get_offset() - 4)" in runner
+    with pytest.raises(RuntimeError, match="offset"):
+        torch.Generator(device="cpu").get_offset()
+    assert compose_config(["hardware=cpu"]).actor_rollout_ref.rollout.enable_chunked_prefill is False
