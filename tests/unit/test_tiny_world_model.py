@@ -48,7 +48,7 @@ def test_checkpoint_is_what_verl_and_vllm_expect(shipped):
 
 def test_checkpoint_accuracies(shipped):
     """Other random numbers and other questions than the manifest's: agreement within 3 points plus sampling noise."""
-    values = sampling.measure(*shipped, questions=210, samples=2, seed=1)
+    values = sampling.measure(*shipped, questions=210, samples=1, seed=1)
     for name, (low, high) in sampling.ACCEPTED.items():
         assert low <= values[name] <= high, (name, values)
     assert values["format"] >= 0.99
