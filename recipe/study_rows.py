@@ -15,6 +15,7 @@ from recipe.run_files import RunFiles, as_number, to_plain, write_atomically
 from recipe.study_file import Study, StudyRun
 from verl_ext.config import ConfigError
 
+PATHS = ("report", "stages")  # of a summary: they hold paths
 _VALIDATION = re.compile(r"val/(mean|maj|pass)@(\d+)")
 
 
@@ -68,7 +69,7 @@ def make_row(
         "method": summary.get("method"),
         "seed": run.seed,
         "overrides": list(run.overrides),
-        "summary": {key: value for key, value in summary.items() if key != "report"},
+        "summary": {key: value for key, value in summary.items() if key not in PATHS},
         "curve": curve,
         "final": {**last, **{f"val/{key}": value for key, value in (list(curve.values()) or [{}])[-1].items()}},
         "seconds": round(seconds, 1),

@@ -51,7 +51,7 @@ def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Call
         files.append_metrics(2, {"distill/loss": 0.4, "val/mean@8": value, "val/maj@8": value + 0.1})
         validated = {"metric": "val/mean@8", "before": 0.25, "after": value}
         return validated | {
-            "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html"
+            "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html", "stages": {"sft": {"model": "/x"}}
         }  # fmt: skip
 
     run.calls = calls  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def test_one_row_per_finished_run_and_none_is_run_twice(tmp_path: Path) -> None:
     assert row["overrides"] == ["run.steps=2", "method=grpo"]
     assert row["curve"] == {"0": {"mean@8": 0.25, "maj@8": 0.3, "pass@8": 0.9}, "2": {"mean@8": 0.6, "maj@8": 0.7}}
     assert row["final"]["val/mean@8"] == 0.6 and row["final"]["distill/loss"] == 0.4
-    assert row["seconds"] >= 0 and row["date"] and "report" not in row["summary"]
+    assert row["seconds"] >= 0 and row["date"] and "/x" not in json.dumps(row)
     assert str(tmp_path) not in json.dumps(row)
     again = go(study, tmp_path, run)
     assert len(again.skipped) == 4 and not again.done and len(run.calls) == 4
