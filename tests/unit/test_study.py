@@ -51,7 +51,8 @@ def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Call
         files.append_metrics(2, {"distill/loss": 0.4, "val/mean@8": value, "val/maj@8": value + 0.1})
         validated = {"metric": "val/mean@8", "before": 0.25, "after": value}
         return validated | {
-            "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0, "report": "/x/report.html", "stages": {"sft": {"model": "/x"}}
+            "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0,
+            "report": "/x/report.html", "stages": {"sft": {"model": "/x"}},
         }  # fmt: skip
 
     run.calls = calls  # type: ignore[attr-defined]
