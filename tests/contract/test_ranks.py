@@ -813,7 +813,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def row_statistics(metrics: dict[str, Any]) -> dict[int, dict[str, float]]:
-    names = [key for key in metrics if key.startswith("rows/") and key != "rows/id"]
+    names = [key for key in metrics if key.startswith("rows/") and key not in ("rows/id", "rows/token_divergence")]
     ids = metrics.get("rows/id", [])
     assert len(ids) == len(set(ids))
     return {row: {name[5:]: metrics[name][place] for name in names} for place, row in enumerate(ids)}
