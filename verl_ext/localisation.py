@@ -1,7 +1,8 @@
 """Where in a response the divergence falls (SD-Zero, arXiv 2604.12002: token-level self-localisation).
 
 Works on sampled completions: rows with ``tokens`` (text of each response token), ``divergence`` (nats at each) and
-``reward``. Pure: no Ray, no verl. Shape suffixes: T response tokens, P positions.
+``reward``. Shares are of absolute values: a sampled token's loss and a clipped divergence have either sign. Pure: no
+Ray, no verl. Shape suffixes: T response tokens, P positions.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ Locate = Callable[[str, str], tuple[int, int] | None]
 
 def share_of_top(divergence_T: Sequence[float], top: float = 0.05) -> float:
     """Share of the divergence on the ``top`` of the tokens with most of it, at least one; 0 where there is none."""
-    total = math.fsum(divergence_T)
+    sizes = sorted(map(abs, divergence_T), reverse=True)
+    total = math.fsum(sizes)
     if total <= 0:
         return 0.0
-    count = max(1, math.ceil(top * len(divergence_T)))
-    return math.fsum(sorted(divergence_T, reverse=True)[:count]) / total
+    count = max(1, math.ceil(top * len(sizes)))
+    return math.fsum(sizes[:count]) / total
 
 
 def tokens_of_span(tokens_T: Sequence[str], span: tuple[int, int]) -> list[int]:
@@ -36,8 +38,8 @@ def tokens_of_span(tokens_T: Sequence[str], span: tuple[int, int]) -> list[int]:
 def share_on_span(tokens_T: Sequence[str], divergence_T: Sequence[float], span: tuple[int, int]) -> tuple[float, float]:
     """(share of the divergence, share of the tokens) on the characters of a span."""
     inside = tokens_of_span(tokens_T, span)
-    total = math.fsum(divergence_T)
-    share = math.fsum(divergence_T[i] for i in inside) / total if total > 0 else 0.0
+    total = math.fsum(map(abs, divergence_T))
+    share = math.fsum(abs(divergence_T[i]) for i in inside) / total if total > 0 else 0.0
     return share, len(inside) / max(1, len(tokens_T))
 
 
@@ -98,7 +100,7 @@ def localisation(
 def _wrong_step(rows: Sequence[Mapping[str, Any]], locate: Locate) -> dict[str, Any]:
     shares, sizes, before, after, first = [], [], [], [], []
     for row in rows:
-        tokens, values = row["tokens"], row["divergence"]
+        tokens, values = row["tokens"], [abs(value) for value in row["divergence"]]
         span = locate(row["prompt"], row["response"])
         inside = tokens_of_span(tokens, span) if span else []
         total = math.fsum(values)
@@ -135,7 +137,7 @@ def around_wrong_step(
     sums = dict.fromkeys(range(-window, window + 1), 0.0)
     count = 0
     for row in rows:
-        values = row.get("divergence")
+        values = [abs(value) for value in row.get("divergence") or ()]
         span = locate(row["prompt"], row["response"]) if values and row["reward"] < threshold else None
         inside = tokens_of_span(row["tokens"], span) if span else []
         total = math.fsum(values) if inside else 0.0

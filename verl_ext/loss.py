@@ -201,8 +201,8 @@ def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data:
 
 
 def _top_share(divergence_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Of each row's divergence, what falls on its top tokens; [B]."""
-    ranked_BT = divergence_BT.sort(dim=1, descending=True).values
+    """Of each row's divergence, what falls on its top tokens; [B]. By size: a sampled token's value has either sign."""
+    ranked_BT = divergence_BT.abs().sort(dim=1, descending=True).values
     counted_B = (TOP_TOKENS * lengths_B).ceil().clamp(min=1)
     top_BT = torch.arange(ranked_BT.shape[1], device=ranked_BT.device) < counted_B.unsqueeze(1)
     total_B = ranked_BT.sum(1)

@@ -20,6 +20,7 @@ VALUES = st.lists(st.floats(0, 10), min_size=1, max_size=80)
 def test_the_top_share_counts_one_token_of_twenty() -> None:
     assert share_of_top([0.0] * 19 + [3.0]) == 1.0 and share_of_top([1.0] * 20) == pytest.approx(1 / 20)
     assert share_of_top([1.0] * 21) == pytest.approx(2 / 21) and share_of_top([0.0, 0.0]) == 0.0
+    assert share_of_top([-3.0, 1.0]) == 0.75 and share_on_span(["a", "b"], [-3.0, 1.0], (0, 1)) == (0.75, 0.5)
 
 
 @given(VALUES)
