@@ -61,10 +61,9 @@ for tier in "${tiers[@]}"; do
   say "$tier tests"
   tier_env=()
   tier_args=()
-  # Small tensors gain nothing from many threads. The e2e tier leaves the number to Ray and vLLM.
-  [[ $tier == e2e ]] || tier_env=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-2}")
-  # The unit tests share nothing: two processes, whole files each, so that fixtures of a file are made once.
-  [[ $tier == unit ]] && tier_env=(OMP_NUM_THREADS=1 MKL_NUM_THREADS=1) tier_args=(-n 2 --dist loadfile)
+  # Without Ray the tests share nothing: two processes, whole files each, so that fixtures of a file are made once. Small
+  # tensors gain nothing from many threads. The e2e tier leaves their number to Ray and vLLM.
+  [[ $tier == e2e ]] || tier_env=(OMP_NUM_THREADS=1 MKL_NUM_THREADS=1) tier_args=(-n 2 --dist loadfile)
   status=0
   env "${tier_env[@]+"${tier_env[@]}"}" "$VENV/bin/python" -m pytest "tests/$tier" --durations=10 \
     "${tier_args[@]+"${tier_args[@]}"}" "${pytest_args[@]+"${pytest_args[@]}"}" 2>&1 | tee "$logs/$tier" || status=${PIPESTATUS[0]}
