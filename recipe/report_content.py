@@ -216,8 +216,8 @@ def charts(records: Sequence[Record], completions: Sequence[Record] = ()) -> lis
             "Divergence on the top 5% of tokens",
             steps,
             [
-                Series(outcome, column(f"distill/top5_share_{outcome}"), color)
-                for outcome, color in (("right answers", 3), ("wrong answers", 1))
+                Series(f"{outcome} answers", column(f"distill/top5_share_{outcome}"), color)
+                for outcome, color in (("right", 3), ("wrong", 1))
             ],
             fmt=percent,
             include=(0.0, 1.0),

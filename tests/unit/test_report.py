@@ -240,6 +240,12 @@ def test_key_numbers_prefer_the_metric_of_the_summary() -> None:
     assert key_numbers(records, {"metric": "not/there"})[0].value == "25% → 50%"
 
 
+def test_the_share_on_few_tokens_is_drawn_by_outcome() -> None:
+    records = [{"step": step, "distill/top5_share_right": 0.5, "distill/top5_share_wrong": 0.75} for step in (1, 2, 3)]
+    chart = next(one for one in charts(records) if one.title == "Divergence on the top 5% of tokens")
+    assert "step 2: right answers 50%, wrong answers 75%" in chart.svg
+
+
 def test_the_divergence_along_the_response_is_drawn_by_outcome() -> None:
     rows = [
         {"reward": 1.0, "divergence": [0.1, 0.2]},
