@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -342,8 +342,3 @@ def _drawn(config: DictConfig, record: Mapping[str, Any]) -> int:
     steps = record.get("distil", {}).get("summary", {}).get("steps", 0)
     rollouts = steps * config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     return collected.get("attempts", 0) + collected.get("revisions", 0) + rollouts
-
-
-def stage_names(config: DictConfig) -> Sequence[str]:
-    """The stages of this method; empty where it is one training."""
-    return chain_config(config).stages

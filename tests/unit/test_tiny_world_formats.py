@@ -319,12 +319,12 @@ def test_checkpoint_is_of_the_same_shape_as_the_plain_one(shipped):
 @by_format
 def test_checkpoint_accuracies(shipped, name):
     """Other random numbers and other questions than the manifest's, so the margins are wide."""
-    values = format_sampling.measure_format(*shipped, formats.FORMATS[name], questions=100, samples=1, seed=1)
+    values = format_sampling.measure_format(*shipped, formats.FORMATS[name], questions=150, samples=1, seed=1)
     for key, (low, high) in format_sampling.ACCEPTED[name].items():
         assert low <= values[key] <= high, (key, values)
     assert values["format"] >= 0.97
     for variation in ("trailing_newlines", "blank_lines", "reworded", "and_feedback"):
-        assert values[f"right_demonstration_{variation}"] >= 0.84, (variation, values)
+        assert values[f"right_demonstration_{variation}"] >= 0.88, (variation, values)
     assert values["base_level_1"] > values["base_level_6"]
     recorded = json.loads((CHECKPOINT / "manifest.json").read_text())["accuracies"]
     assert abs(recorded[f"{name}/base"] - values["base"]) <= 0.12
