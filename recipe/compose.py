@@ -24,15 +24,19 @@ from recipe import (
     srt_settings,
     teacher_text_settings,
 )
+from recipe.pair_checks import check_pairs
 from verl_ext import config as distill
 from verl_ext import forgetting_config
+from verl_ext.adapter import check_adapter, is_adapter_off
 from verl_ext.config import ConfigError
 from verl_ext.stages import stages
 from verl_ext.verifier_config import VerifierConfig, route_through_pool, verifier_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = ("method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences")
+GROUPS = (
+    "method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences", "adapter",
+)  # fmt: skip
 
 
 def _register() -> None:
@@ -112,9 +116,11 @@ def check(config: DictConfig) -> None:
     method = distill.distill_config(config.distill)
     rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
     _check_batch(config)
+    check_adapter(config, method)
     for stage in stages(method):
         if stage.enabled:
             _check_distillation(config, stage)
+            check_pairs(config, stage)
     missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith(("critic", "reward.reward_model"))]
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value")
@@ -200,7 +206,7 @@ def _check_distillation(config: DictConfig, method: distill.DistillConfig) -> No
     if model.use_fused_kernels:
         raise ConfigError("actor_rollout_ref.model.use_fused_kernels is true; allowed: false (logits are needed)")
     needs_reference = actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    if needs_reference and method.teacher.kind != "live":
+    if needs_reference and method.teacher.kind != "live" and not is_adapter_off(method, model):
         raise ConfigError(
             f"distill.teacher.kind is {method.teacher.kind!r} together with a KL term; allowed: live, because the "
             "teacher stands in the reference policy's place"

@@ -31,14 +31,25 @@ class Drawer:
 
     Attributes:
         tokenizer: as verl's workers load it.
-        template_kwargs: ``data.apply_chat_template_kwargs``.
+        template_kwargs: ``data.apply_chat_template_kwargs``, and laid over them those given.
         prompts: makes the ids that the servers see.
         verifier: judges every sample.
         max_model_len: of the servers; None where neither the configuration nor the model bounds it.
     """
 
-    def __init__(self, config: DictConfig, *, checkpoint: str | None, verify_workers: int, concurrency: int) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        *,
+        checkpoint: str | None,
+        verify_workers: int,
+        concurrency: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Reads the model folder; starts nothing. With a ``checkpoint`` the model's path is changed in ``config``.
+
+        Args:
+            template_kwargs: arguments of the chat template beside those of the configuration, which they override.
 
         Raises:
             ConfigError: the model, its tokenizer or the verifier cannot be used.
@@ -52,9 +63,7 @@ class Drawer:
         self._identity = model_identity(model.path)
         self._weights = local_folder(model.path)
         self.tokenizer = load_tokenizer(config)
-        self.template_kwargs = OmegaConf.to_container(
-            config.data.get("apply_chat_template_kwargs") or OmegaConf.create()
-        )
+        self.template_kwargs = chat_template_kwargs(config) | dict(template_kwargs or {})
         self.prompts = PromptBuilder(self.tokenizer, self.template_kwargs)
         self.max_model_len = config.actor_rollout_ref.rollout.max_model_len or _position_limit(self._weights)
         self.verifier = Verifier.from_config(config, workers=verify_workers)
@@ -128,6 +137,11 @@ def use_checkpoint(config: DictConfig, checkpoint: str | None) -> None:
         with open_dict(config):
             model.path = str(checkpoint_weights(checkpoint).absolute())
             model.tokenizer_path = None
+
+
+def chat_template_kwargs(config: DictConfig) -> dict[str, Any]:
+    """``data.apply_chat_template_kwargs``."""
+    return OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create())
 
 
 @contextmanager

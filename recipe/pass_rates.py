@@ -73,7 +73,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     threshold = config.distill.context.success_threshold
     questions = [request.question_id for request in read_questions(config, block.split, block.limit)[0]]
 
-    def finish(sampled: dict[str, Any], screen: RunConsole) -> dict[str, Any]:
+    def finish(sampled: dict[str, Any], left_out: dict[str, list[str]], screen: RunConsole) -> dict[str, Any]:
         from verl_ext.pass_rate_store import read_pass_rates
 
         table = read_pass_rates(folder, threshold=threshold, samples=block.k).only(questions)

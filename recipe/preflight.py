@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 
+from recipe.adapter_checks import check_targets
 from recipe.question_checks import check_questions
 from recipe.revision_checks import check_revision, resolve_phrases
 from verl_ext.config import ConfigError, distill_config
@@ -36,6 +37,7 @@ def preflight(config: DictConfig) -> None:
     positions = check_model(config)
     check_lengths(config, positions)
     check_teacher(config)
+    check_targets(config)
     check_revision(config)
     for key in ("train_files", "val_files"):
         files = file_list(config.data[key])

@@ -83,9 +83,10 @@ def _check_stores(config: DictConfig, folders: set[str]) -> None:
 
 def _check_references(config: DictConfig, blocks: list[DistillConfig]) -> None:
     for stage in blocks:
-        if stage.sequences.source == "reference":
-            key = f"distill.sequences.reference_key={stage.sequences.reference_key}"
-            _check_texts(config, key, stage.sequences.reference_key, lists=True)
+        sequences = stage.sequences
+        if sequences.source == "reference" or (sequences.source == "pairs" and sequences.positive == "reference"):
+            key = f"distill.sequences.reference_key={sequences.reference_key}"
+            _check_texts(config, key, sequences.reference_key, lists=True)
         if stage.context.kind == "reference":
             key = f"distill.context.reference_key={stage.context.reference_key}"
             _check_texts(

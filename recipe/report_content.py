@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,8 @@ def charts(records: Sequence[Record], completions: Sequence[Record] = ()) -> lis
             help="How many of a question's rollouts succeed. Questions at the bottom (never) and at the top (always) "
             "carry no weight where the kernel is zero there.",
         ),
-        single("Loss", "distill/loss", 1, help="Weighted divergence between student and teacher."),
+        single("Loss", "distill/loss", 1, help=_loss_help(records)),
+        *_pair_charts(steps, column),
         single(
             "Rows that train",
             "rows/train_share",
@@ -245,6 +246,57 @@ def charts(records: Sequence[Record], completions: Sequence[Record] = ()) -> lis
         ),
     ]
     return [chart for chart in candidates if chart is not None]
+
+
+def _loss_help(records: Sequence[Record]) -> str:
+    if any("preference/margin" in record for record in records):
+        return "Preference loss. With unfiltered pairs it falls to log 2 = 0.693, where student and teacher agree."
+    return "Weighted divergence between student and teacher."
+
+
+def _pair_charts(steps: list[int], column: Callable[[str], list[float | None]]) -> list[Chart | None]:
+    """What the preference loss on pairs looks at."""
+    sides = (("teacher's samples", "positive", 3), ("student's samples", "negative", 1))
+    return [
+        line_chart(
+            "Preference margin",
+            steps,
+            [
+                Series("margin", column("preference/margin"), 0),
+                Series("by the divergences", column("preference/margin_expected"), 2, dashed=True),
+            ],
+            include=(0.0,),
+            y_label="nats",
+            help="The two agree on average where both samples come from the distributions they are scored with.",
+        ),
+        line_chart(
+            "Student against teacher",
+            steps,
+            [Series(name, column(f"preference/log_ratio_{side}"), color) for name, side, color in sides],
+            include=(0.0,),
+            y_label="nats a response",
+            help="log-probability of the student minus that of the teacher, who reads its context.",
+        ),
+        line_chart(
+            "Preference accuracy",
+            steps,
+            [
+                Series("margin above 0", column("preference/accuracy"), 0),
+                Series("1 - σ(margin)", column("preference/one_less_sigma"), 4),
+            ],
+            fmt=percent,
+            include=(0.0, 1.0),
+            help="Share of pairs whose margin is positive, and the mean factor of the gradient.",
+        ),
+        line_chart(
+            "Right samples",
+            steps,
+            [Series(name, column(f"preference/pass_rate_{side}"), color) for name, side, color in sides],
+            fmt=percent,
+            include=(0.0, 1.0),
+            help="Share of right answers on both sides of the pairs.",
+        ),
+    ]
 
 
 def _profile_chart(completions: Sequence[Record]) -> Chart | None:

@@ -15,11 +15,11 @@ from recipe.cluster import prepare_environment
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
-from recipe.drawing import Drawer
+from recipe.drawing import Drawer, chat_template_kwargs, load_tokenizer, use_checkpoint
 from recipe.output_folder import check_writable
-from recipe.sample_data import read_questions
+from recipe.sample_data import context_identity, read_questions, teacher_questions
 from recipe.sample_settings import SampleConfig, sample_config
-from verl_ext.config import ConfigError
+from verl_ext.config import ConfigError, distill_config
 from verl_ext.sample_store import MANIFEST, StoreError, read_store
 from verl_ext.sampling import SampleRequest, SamplingSettings
 from verl_ext.sampling_prompts import PromptError
@@ -37,6 +37,8 @@ Keys:
   sample.k=N                samples per question (8)
   sample.split=train|test   data.train_files or data.val_files (test)
   sample.limit=N            only the first N questions
+  sample.context=true       the model reads the teacher's prompt: what distill.context (context=reference) makes of the
+                            question; questions without one are left out
   sample.checkpoint=DIR     model folder, or a checkpoint that holds one (the preset's model)
   sample.temperature=T  sample.top_p=P  sample.top_k=K  sample.seed=N
   sample.max_tokens=N       of a response (data.max_response_length)
@@ -46,14 +48,16 @@ Keys:
 
 Ctrl-C keeps every finished sample; the same command goes on. The last line on standard output is one JSON object:
 questions, samples, drawn, mean (over questions, of the share of right answers), pass_rate_std, pass_rate_min,
-pass_rate_max, truncated, verifier_errors, seconds, store.
+pass_rate_max, truncated, verifier_errors, left_out (questions without a teacher's prompt), seconds, store.
 
 Options:
   --cfg     print the composed configuration and stop
   --help    this text
 """
 GROUPS = ("model", "data", "hardware")
-Finish = Callable[[dict[str, Any], RunConsole], dict[str, Any]]
+NAMED = 5
+"""Questions that a line names."""
+Finish = Callable[[dict[str, Any], dict[str, list[str]], RunConsole], dict[str, Any]]
 REFUSALS = (ConfigError, StoreError, PromptError, VerifierBroken)
 
 
@@ -68,7 +72,8 @@ def run(config: DictConfig, console: RunConsole | None = None, *, finish: Finish
     """Draws what the store lacks, in an existing Ray cluster or one of its own; returns the summary.
 
     Args:
-        finish: what a command does with the full store; it is given the summary and returns its own.
+        finish: what a command does with the full store; it is given the summary and, with ``sample.context``, reason
+            -> ids of the questions that were left out, and returns its own summary.
 
     Raises:
         ConfigError, StoreError, PromptError: the configuration, the store or a prompt does not fit; before Ray starts.
@@ -81,6 +86,12 @@ def run(config: DictConfig, console: RunConsole | None = None, *, finish: Finish
     check_writable(folder, "sample.out")
     settings = block.sampling(config.data.max_response_length)
     requests, repeats = read_questions(config, block.split, block.limit)
+    left_out: dict[str, list[str]] = {}
+    if block.context:
+        use_checkpoint(config, block.checkpoint)
+        requests, left_out = teacher_questions(
+            requests, distill_config(config.distill).context, load_tokenizer(config), chat_template_kwargs(config)
+        )
     total = len(requests) * settings.k
     with console or RunConsole(
         folder / "sample.log", total, config.run.quiet, unit="sample", tail_lines=config.run.log_tail
@@ -88,12 +99,17 @@ def run(config: DictConfig, console: RunConsole | None = None, *, finish: Finish
         screen.phase(f"{len(requests)} questions x {settings.k} samples into {folder}")
         if repeats:
             screen.note(f"{repeats} rows repeat a question and are left out")
+        for reason, names in left_out.items():
+            if names:
+                first = ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
+                screen.note(f"{len(names)} questions are left out, {reason}: {first}")
         try:
             drawn = _draw(config, block, settings, requests, folder, screen)
             summary = _summary(folder, requests, settings.k, screen)
-            summary |= {"drawn": drawn, "seconds": round(time.perf_counter() - started, 1), "store": str(folder)}
+            summary |= {"drawn": drawn, "left_out": sum(map(len, left_out.values()))}
+            summary |= {"seconds": round(time.perf_counter() - started, 1), "store": str(folder)}
             if finish is not None:
-                summary = finish(summary, screen)
+                summary = finish(summary, left_out, screen)
         except REFUSALS as error:
             refused = error
         except KeyboardInterrupt:
@@ -126,11 +142,17 @@ def _draw(
     screen: RunConsole,
 ) -> int:
     """The number of new samples."""
+    context = distill_config(config.distill).context if block.context else None
     with (
         Drawer(
-            config, checkpoint=block.checkpoint, verify_workers=block.verify_workers, concurrency=block.concurrency
+            config,
+            checkpoint=block.checkpoint,
+            verify_workers=block.verify_workers,
+            concurrency=block.concurrency,
+            template_kwargs=None if context is None else context.template_kwargs,
         ) as drawer,
-        drawer.store(folder, settings) as store,
+        # Without a context the settings are those of the stores there are.
+        drawer.store(folder, settings, None if context is None else {"context": context_identity(context)}) as store,
     ):
         return drawer.draw(requests, settings, store, screen)
 

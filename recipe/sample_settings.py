@@ -25,6 +25,7 @@ class SampleConfig:
         temperature, top_p, top_k: as in vLLM.
         max_tokens: of a response; None: data.max_response_length.
         seed: every sample's own seed comes from this one; None: unseeded.
+        context: the model reads the teacher's prompt, made by ``distill.context`` (kind ``reference``) of a question.
         checkpoint: model folder, or a checkpoint that holds one, to sample from; None: the model's own weights.
         concurrency: requests under way at a time.
         verify_workers: threads of the verifier.
@@ -39,6 +40,7 @@ class SampleConfig:
     top_k: int = -1
     max_tokens: int | None = None
     seed: int | None = 0
+    context: bool = False
     checkpoint: str | None = None
     concurrency: int = 256
     verify_workers: int = 8
@@ -57,6 +59,8 @@ class SampleConfig:
                 raise ConfigError(f"sample.{key} is {value!r}; allowed: a whole number from 1")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ConfigError(f"sample.seed is {self.seed!r}; allowed: a whole number, or null for none")
+        if not isinstance(self.context, bool):
+            raise ConfigError(f"sample.context is {self.context!r}; allowed: true, false")
         self.sampling(1)
 
     def sampling(self, default_max_tokens: int) -> SamplingSettings:
@@ -75,9 +79,14 @@ class SampleConfig:
 
 
 def sample_config(config: DictConfig) -> SampleConfig:
-    """The checked ``sample`` block."""
+    """The checked ``sample`` block. Raises ConfigError."""
     settings = SampleConfig(**OmegaConf.to_container(config.sample, resolve=True))
     settings.validate()
+    if settings.context and config.distill.context.kind != "reference":
+        raise ConfigError(
+            f"distill.context.kind is {config.distill.context.kind!r}; allowed: reference with sample.context=true, "
+            "because no other context exists before there is a rollout"
+        )
     return settings
 
 

@@ -26,7 +26,7 @@ from verl_ext.reference_text import SpecialTokens
 from verl_ext.sample_store import StoreError, read_manifest
 from verl_ext.verifier_config import verifier_config
 
-HELP = """Let a teacher answer every training question, and make training data that carries its right answers.
+HELP = """Let a teacher answer every training question, and make training data that carries its answers.
 
   python -m recipe.teacher_text sample.out=DIR text.out=DIR2 [group=preset ...] [key=value ...]
 
@@ -35,6 +35,14 @@ PACED's distillation track trains along the teacher's own text. The teacher is t
   python -m recipe.teacher_text actor_rollout_ref.model.path=TEACHER data=dapo_math sample.out=DIR text.out=DIR2
   python -m recipe.train method=paced_distill sequences=teacher_text data=dapo_math data.train_files=DIR2/{file} \\
     distill.teacher.path=TEACHER
+
+PBSD with a teacher that is not on the rollout servers replays fair samples, drawn with the reference solution in the
+teacher's prompt. Give both commands the same keys of the context:
+
+  python -m recipe.teacher_text method=pbsd teacher=frozen sequences=pairs_replayed data=openthoughts_math \
+    sample.context=true text.only_right=false sample.out=DIR text.out=DIR2
+  python -m recipe.train method=pbsd teacher=frozen sequences=pairs_replayed data=openthoughts_math \
+    data.train_files=DIR2/{file}
 
 Presets:
 {groups}
@@ -47,12 +55,16 @@ Keys: those of `python -m recipe.sample`, with sample.split=train and sample.k=8
   sample.limit=N            only the first N questions
   text.out=DIR2             folder of the new training data
   text.key=NAME             field of extra_info for the texts (teacher_text), as in distill.sequences.reference_key
+  sample.context=true       the teacher reads what context=reference makes of the question; the longer prompt and
+                            the response must fit into actor_rollout_ref.rollout.max_model_len
+  text.only_right=false     wrong, unjudged and repeated texts too
   text.per_question=N       at most N texts of a question, the first ones (null: all)
   distill.context.success_threshold=R     score from which a sample is right (0.5)
 
 DIR2/{file} has the rows of data.train_files, all columns as they are, and in extra_info the list of the
-question's texts: samples that are right, not cut off, and spell no special token of the tokenizer, each once.
-Questions without one are left out; DIR2/manifest.json lists them by reason.
+question's texts: samples that are right, not cut off, and spell no special token of the tokenizer, each once
+(text.only_right=false: right or wrong, repeated ones too). Questions without one are left out; DIR2/manifest.json lists
+them by reason, those without a teacher's prompt under not_sampled and again under context.
 Ctrl-C keeps every finished sample; the same command goes on.
 
 {last_line}
@@ -87,20 +99,22 @@ def run(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError, StoreError, PromptError: the configuration, the data, the store or a prompt does not fit; before
             Ray starts.
-        StoreError: also where no question has a right text, or a sample cannot be read; nothing is written then.
+        StoreError: also where no question has a text to write, or a sample cannot be read; nothing is written then.
     """
     block, text = _blocks(config)
     store, folder = Path(str(block.out)).absolute(), Path(str(text.out)).absolute()
     _check_out(folder, store)
     questions = [request.question_id for request in read_questions(config, block.split)[0]]
-    sampled = questions[: block.limit]
     files = file_list(config.data.train_files)
     schema = check_sources(files, text.key, folder)
     threshold = config.distill.context.success_threshold
 
-    def finish(summary: dict[str, Any], screen: RunConsole) -> dict[str, Any]:
+    def finish(summary: dict[str, Any], left_out: dict[str, list[str]], screen: RunConsole) -> dict[str, Any]:
         from verl_ext.pass_rate_store import read_pass_rates
 
+        # The store may hold samples of a question whose prompt is over a limit that was lowered since.
+        without = {name for names in left_out.values() for name in names}
+        sampled = [name for name in questions[: block.limit] if name not in without]
         # First, because it checks every row of the store.
         rates = read_pass_rates(store, threshold=threshold, samples=block.k).only(sampled)
         chosen = choose_texts(
@@ -111,11 +125,12 @@ def run(config: DictConfig) -> dict[str, Any]:
             threshold=threshold,
             per_question=text.per_question,
             special_token=_special_tokens(config, block).first_in,
+            only_right=text.only_right,
         )
         counts = _counts(chosen, len(questions))
         if not chosen.texts:
             raise StoreError(f"{store} holds no text to train on; questions by reason: {_listed(chosen.dropped)}")
-        write_data(folder, files, schema, chosen.texts, _facts(config, store, chosen, counts))
+        write_data(folder, files, schema, chosen.texts, _facts(config, store, chosen, counts, left_out))
         screen.note(f"{counts['texts']} texts of {counts['kept']} of {counts['questions']} questions: {folder / FILE}")
         told = {key: summary[key] for key in ("drawn", "seconds", "store")}
         return counts | {"mean": summarize(rates)["mean"], "file": str(folder / FILE)} | told
@@ -160,16 +175,23 @@ def _listed(dropped: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(f"{reason} {len(names)}" for reason, names in dropped.items() if names) or "none"
 
 
-def _facts(config: DictConfig, store: Path, chosen: ChosenTexts, counts: Mapping[str, int]) -> dict[str, Any]:
+def _facts(
+    config: DictConfig,
+    store: Path,
+    chosen: ChosenTexts,
+    counts: Mapping[str, int],
+    left_out: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     """What the manifest says beside the files."""
     (block, text), verifier, held = _blocks(config), verifier_config(config.verifier), read_manifest(store)
     judged = {"function": verifier.function, "options": verifier.options} if verifier.function else None
     return {
         "made_by": "python -m recipe.teacher_text",
-        "text": {"key": text.key, "per_question": text.per_question},
+        "text": {"key": text.key, "only_right": text.only_right, "per_question": text.per_question},
         "success_threshold": config.distill.context.success_threshold,
         "sampled": {"k": block.k, "limit": block.limit},
         "store": {"folder": str(store), "key": held["key"], "settings": held["settings"]},
+        "context": {"left_out": dict(left_out)} if block.context else None,
         "verifier": judged,
         "counts": dict(counts),
         "dropped": dict(chosen.dropped),

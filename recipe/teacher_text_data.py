@@ -1,4 +1,4 @@
-"""The right responses of a sample store, and the training data that carries them."""
+"""The right (or all whole) responses of a sample store, and the training data that carries them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ChosenTexts:
     """The texts of the questions asked for, and what became of the rest.
 
     Attributes:
-        texts: question id -> its right texts, at least one, in the order of the samples.
+        texts: question id -> its texts, at least one, in the order of the samples.
         dropped: reason (all of ``REASONS``) -> ids of the questions without a text.
         samples: samples that were looked at.
         left_out: reason (all of ``LEFT_OUT``) -> samples that gave no text.
@@ -69,10 +69,13 @@ def choose_texts(
     threshold: float,
     per_question: int | None,
     special_token: Callable[[str], str | None],
+    only_right: bool = True,
 ) -> ChosenTexts:
     """The right texts of a store: whole, judged, with a score of at least the threshold, each once.
 
-    PACED (arXiv 2603.11178) scores text of the teacher in its distillation track. A question whose samples go for
+    PACED (arXiv 2603.11178) scores text of the teacher in its distillation track. PBSD (arXiv 2605.05040) compares fair
+    samples of the teacher, right or wrong: without ``only_right`` the verdict has no say, and what was drawn more often
+    is there more often. A question whose samples go for
     several reasons is counted under that of the sample that came furthest in ``FAULTS``.
 
     Args:
@@ -84,6 +87,7 @@ def choose_texts(
         per_question: keep the first so many texts; None: all.
         special_token: the special token that a text spells, None where there is none
             (:meth:`verl_ext.reference_text.SpecialTokens.first_in`).
+        only_right: leave out wrong, unjudged and repeated texts.
 
     Raises:
         StoreError: there is no store, or a sample has no text; names the file, the sample and the key.
@@ -95,7 +99,7 @@ def choose_texts(
         name = row["question_id"]
         if name not in wanted or row["sample"] >= samples:
             continue
-        fault = _fault(row, threshold, special_token, where)
+        fault = _fault(row, threshold if only_right else None, special_token, where)
         if fault is None:
             found.setdefault(name, {})[row["sample"]] = row["text"]
         else:
@@ -110,7 +114,7 @@ def choose_texts(
             dropped[_reason(faults.get(name, ()))].append(name)
             continue
         in_order = [found[name][sample] for sample in sorted(found[name])]
-        different = list(dict.fromkeys(in_order))
+        different = list(dict.fromkeys(in_order)) if only_right else in_order
         texts[name] = different[:per_question]
         left_out[REPEATED] += len(in_order) - len(different)
         left_out[SURPLUS] += len(different) - len(texts[name])
@@ -125,26 +129,32 @@ def _samples(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _fault(
-    row: Mapping[str, Any], threshold: float, special_token: Callable[[str], str | None], where: str
+    row: Mapping[str, Any], threshold: float | None, special_token: Callable[[str], str | None], where: str
 ) -> str | None:
-    import torch
-
-    from verl_ext.pass_rates import success_mask
-    from verl_ext.verifiers.result import OK
-
+    """Why the sample gives no text; without a threshold its verdict is not looked at."""
     text = row.get("text")
     if not isinstance(text, str):
         raise StoreError(f"{where}: text is {text!r}; allowed: text")
     if row["truncated"]:
         return "truncated"
-    if row["status"] != OK:
-        return "verifier_error"
-    # float32 like the trainer's rewards, as the pass rates are counted.
-    if not success_mask(torch.tensor([row["score"]], dtype=torch.float32), threshold=threshold).item():
-        return "wrong"
+    if threshold is not None and (fault := _verdict_fault(row, threshold)) is not None:
+        return fault
     if not text.strip():
         return "blank"
     return None if special_token(text) is None else "special_token"
+
+
+def _verdict_fault(row: Mapping[str, Any], threshold: float) -> str | None:
+    import torch
+
+    from verl_ext.pass_rates import success_mask
+    from verl_ext.verifiers.result import OK
+
+    if row["status"] != OK:
+        return "verifier_error"
+    # float32 like the trainer's rewards, as the pass rates are counted.
+    right = success_mask(torch.tensor([row["score"]], dtype=torch.float32), threshold=threshold).item()
+    return None if right else "wrong"
 
 
 def _reason(faults: Collection[str]) -> str:

@@ -17,11 +17,14 @@ class TeacherTextConfig:
     Attributes:
         out: folder of ``train.parquet`` and ``manifest.json``.
         key: the field of ``extra_info`` that holds a question's texts; ``distill.sequences.reference_key`` of training.
+        only_right: only right texts, each once; else every whole text, also wrong, unjudged and repeated ones: fair
+            samples of the teacher.
         per_question: at most so many texts of a question, the first ones; None: all.
     """
 
     out: str | None = None
     key: str = "teacher_text"
+    only_right: bool = True
     per_question: int | None = None
 
     def validate(self) -> None:
@@ -30,6 +33,8 @@ class TeacherTextConfig:
             raise ConfigError("text.out has no value; give the folder of the new training data, text.out=DIR")
         if not isinstance(self.key, str) or not self.key:
             raise ConfigError(f"text.key is {self.key!r}; allowed: the name of a new field of extra_info")
+        if not isinstance(self.only_right, bool):
+            raise ConfigError(f"text.only_right is {self.only_right!r}; allowed: true, false")
         count = self.per_question
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(f"text.per_question is {count!r}; allowed: a whole number from 1, or null for all")

@@ -48,6 +48,8 @@ class RowBatch:
         question_ids: identity of the question across steps, the key of a random choice; the uid where None.
         prompt_ids: the student's prompt token ids; the teacher's prompt where the context is "none".
         extra_infos: the data set's columns of each row; they hold the text of the context "reference".
+        foreign: rows that the student did not sample (the teacher's side of a pair); they take no part in pass rates.
+            None: none.
         padding: verl's synthetic rows. They copy the fields of a real row, so everything of ours is zeroed there. None:
             recognised by their uid.
 
@@ -67,6 +69,7 @@ class RowBatch:
     prompt_ids: Sequence[Sequence[int]] | None = None
     padding: Sequence[bool] | None = None
     extra_infos: Sequence[Mapping[str, Any]] | None = None
+    foreign: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -159,7 +162,8 @@ def plan_batch(
 
     ``context.kind``: "sibling" as in ``verl_ext.contexts``; "reference" as in ``verl_ext.reference_context``;
     "revision" as in ``verl_ext.revision_context``, without a context where the verifier failed; "none": the teacher
-    reads the student's own prompt, every row is distilled. ``weigher``: where the pass rates of the weights
+    reads the student's own prompt, every row is distilled. ``template_kwargs`` are the student's arguments of the chat
+    template; ``context.template_kwargs`` are laid over them. ``weigher``: where the pass rates of the weights
     come from; None: from the batch. ``enabled=False`` (no distillation in the loss): no prompt is rendered and no row
     is distilled.
     ``max_total``: largest number of tokens of teacher prompt and response together; None: no limit.
@@ -174,7 +178,10 @@ def plan_batch(
     errors = torch.tensor([bool(batch.errors[i]) for i in pick], dtype=torch.bool)
     rewards = _rewards(batch, pick)
 
-    rates = group_pass_rates([batch.uids[i] for i in pick], rewards, errors, threshold=context.success_threshold)
+    foreign = torch.tensor([batch.foreign is not None and bool(batch.foreign[i]) for i in pick], dtype=torch.bool)
+    rates = group_pass_rates(
+        [batch.uids[i] for i in pick], rewards, errors | foreign, threshold=context.success_threshold
+    )
     question = rates.index_N.cpu().numpy()
     keys = _question_keys(batch, pick, question)
     weighed = (weigher or BatchWeigher(weighting))(keys, rates)
@@ -182,6 +189,7 @@ def plan_batch(
 
     contexts = [RowContext()] * rows
     metrics = _rate_metrics(rates) | _weight_metrics(weighed)
+    metrics["pass_rate/rows_with_verifier_error"] = float(errors.sum())
     if enabled and pick:
         success = (~errors & success_mask(rewards, threshold=context.success_threshold)).numpy()
         found, context_metrics = _contexts(
@@ -208,6 +216,39 @@ def plan_batch(
         question_weights_P=weights_P,
         metrics=metrics,
     )
+
+
+def teacher_prompts(
+    raw_prompts_P: Sequence[Sequence[Mapping[str, Any]]],
+    extra_infos_P: Sequence[Mapping[str, Any]],
+    *,
+    context: Any,
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int] | None]:
+    """Token ids of the teacher's prompts before there is a rollout, as :func:`plan_batch` makes them afterwards.
+
+    Returns:
+        one list a question; None where it has no privileged text, or a prompt of more than ``context.max_length``.
+
+    Raises ValueError for the context kinds that need rollouts, and as :func:`plan_batch`.
+    """
+    if context.kind not in ("reference", "none"):
+        raise ValueError(f"context kind {context.kind!r} has no prompt before there is a rollout")
+    template_kwargs = {**(template_kwargs or {}), **context.template_kwargs}
+    if context.kind == "none":
+        tokenize = PromptTokenizer(tokenizer, template_kwargs)
+        prompts = [tokenize(messages) for messages in raw_prompts_P]
+        return [ids if len(ids) <= context.max_length else None for ids in prompts]
+    result = build_reference_contexts(
+        raw_prompts_P,
+        extra_infos_P,
+        response_lengths_N=[0] * len(raw_prompts_P),
+        tokenizer=tokenizer,
+        config=context,
+        template_kwargs=template_kwargs,
+    )
+    return [row.token_ids for row in result.rows]
 
 
 def _rewards(batch: RowBatch, pick: list[int]) -> torch.Tensor:
@@ -237,6 +278,7 @@ def _contexts(
 ) -> tuple[list[RowContext], dict[str, float]]:
     """RowContexts of the rows in ``pick``, demonstrations as rows of the whole batch, and their metrics."""
     lengths = [int(batch.response_lengths[i]) for i in pick]
+    template_kwargs = {**(template_kwargs or {}), **config.template_kwargs}
     if config.kind == "none":
         return _plain_contexts(batch, pick, lengths, config, tokenizer, template_kwargs, max_total)
     if config.kind == "reference":
@@ -361,7 +403,7 @@ def _question_keys(batch: RowBatch, pick: list[int], question: np.ndarray) -> li
 
 
 def _rate_metrics(rates: GroupPassRates) -> dict[str, float]:
-    """Spread of the pass rates, questions by number of successes, verifier errors.
+    """Spread of the pass rates, questions by number of successes.
 
     A group that lost rollouts counts at the nearest number of successes of a whole one.
     """
@@ -371,7 +413,6 @@ def _rate_metrics(rates: GroupPassRates) -> dict[str, float]:
     return {
         **{f"pass_rate/{name}": value for name, value in pass_rate_metrics(rates_P).items()},
         **{f"pass_rate/successes_{k:02d}": float(count) for k, count in enumerate(successes.tolist())},
-        "pass_rate/rows_with_verifier_error": float(rates.errors_P.sum()),
     }
 
 

@@ -64,6 +64,28 @@ def keep_vllm_linear_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 
 
+def requests_without_an_adapter() -> None:
+    """vLLM's CPU build marks a token without an adapter by the index -1, and reads it as the last adapter there is.
+
+    Its first matrix product is set to zero there; the second one then adds nothing.
+    """
+    from vllm.lora.ops import torch_ops
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    real = lora_ops.bgmv_shrink
+    if getattr(real, "leaves_out_missing", False):
+        return
+
+    def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling: float = 1.0) -> None:
+        real(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor[: len(lora_indices_tensor)][lora_indices_tensor < 0] = 0
+
+    bgmv_shrink.leaves_out_missing = True  # type: ignore[attr-defined]
+    for module in (lora_ops, torch_ops, punica_cpu):
+        module.bgmv_shrink = bgmv_shrink
+
+
 def actor_class(remote_class: Any) -> type:
     """The plain class behind verl's ``@ray.remote`` class, to be subclassed."""
     return remote_class.__ray_actor_class__

@@ -14,6 +14,7 @@ from verl_ext.config_axes import (
     CompactionConfig,
     ContextConfig,
     DivergenceConfig,
+    PreferenceConfig,
     SamplesConfig,
     ScheduleConfig,
     SequencesConfig,
@@ -23,7 +24,7 @@ from verl_ext.config_axes import (
 from verl_ext.config_values import ConfigError as ConfigError  # the place where others look for it
 from verl_ext.config_values import build, fail, number, one_of, optional_number
 
-CARRIERS = ("loss", "advantage")
+CARRIERS = ("loss", "advantage", "preference")
 
 
 @dataclass
@@ -35,7 +36,9 @@ class DistillConfig:
         coefficient: lambda in [0, 1]; 0 switches distillation off at no cost, 1 the policy gradient.
         carrier: ``loss``: the divergence is the loss. ``advantage``: the self-teacher's token advantage
             w_q (log pi_T(y_t) - log pi_S(y_t)) goes through verl's clipped policy loss; on policy its gradient is that
-            of the sampled-token reverse KL. ``divergence`` is then not used.
+            of the sampled-token reverse KL. ``divergence`` is then not used. ``preference``: the logistic loss on pairs
+            of the block ``preference``; ``divergence`` then says what its self-check reads: full support for one,
+            ``sampled_token`` for none.
         advantage_clip: largest absolute token advantage, before the weight; None: no limit.
         reuse_log_probs: skip verl's separate old-log-prob pass where there is one optimiser step per batch, because
             the ratio is 1 there: ``auto`` (when nothing else needs the pass) or ``never``.
@@ -57,6 +60,7 @@ class DistillConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compaction: CompactionConfig = field(default_factory=CompactionConfig)
@@ -77,6 +81,11 @@ class DistillConfig:
         """Whether the divergence is a term of the loss."""
         return self.enabled and self.carrier == "loss"
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the loss is the preference loss on pairs."""
+        return self.enabled and self.carrier == "preference"
+
     def validate(self) -> None:
         """Raises ConfigError with the key, the value and what is allowed."""
         number("coefficient", self.coefficient, 0.0, 1.0)
@@ -96,7 +105,9 @@ class DistillConfig:
                 "another kind: a live teacher without privileged text equals the student",
             )
         self._validate_states()
+        self._validate_skip()
         self._validate_reference()
+        self._validate_pairs()
         if self.schedule.switch is not None:
             try:
                 self.second_stage().validate()
@@ -128,6 +139,39 @@ class DistillConfig:
             fail("weighting.rates", self.weighting.rates, "store with sequences.source=reference: replayed texts have "
                  "no pass rate of the student")  # fmt: skip
 
+    def _validate_pairs(self) -> None:
+        if (self.carrier == "preference") != (self.sequences.source == "pairs"):
+            fail("sequences.source", self.sequences.source, "pairs with carrier=preference, and only there")
+        if not self.pairs:
+            return
+        if self.coefficient != 1:
+            fail("coefficient", self.coefficient, "1 with carrier=preference: half the rows are the teacher's, so no "
+                 "policy gradient can be blended in")  # fmt: skip
+        if self.context.kind not in ("reference", "none"):
+            fail("context.kind", self.context.kind, "reference (or none, for an external teacher) with carrier="
+                 "preference: the teacher reads it before it answers")  # fmt: skip
+        sampled = self.sequences.positive == "teacher"
+        kinds = ("live", "frozen") if sampled else ("frozen", "external")
+        if self.teacher.kind not in kinds:
+            allowed = f"{' or '.join(kinds)} with carrier=preference and sequences.positive={self.sequences.positive}"
+            fail(
+                "teacher.kind", self.teacher.kind, f"{allowed}: the teacher that samples y+ must be the one that scores"
+            )
+        if self.divergence.kind != "sampled_token" and self.divergence.support != "full":
+            fail("divergence.support", self.divergence.support, "full (for the self-check) with carrier=preference, or "
+                 "divergence.kind=sampled_token (without one)")  # fmt: skip
+        if self.weighting.rates != "store" and not self.weighting.ignores_rates:
+            fail("weighting.rates", self.weighting.rates, "store with carrier=preference: a question has too few "
+                 "rollouts of the student for a pass rate")  # fmt: skip
+
+    def _validate_skip(self) -> None:
+        skip = self.divergence.skip_tokens
+        if not skip or not self.enabled:
+            return
+        if self.policy_gradient or not self.divergence_loss:
+            fail("divergence.skip_tokens", skip, "0, or a number with coefficient=1 and carrier=loss: a policy "
+                 "gradient is divided by all tokens, and both terms share the denominators")  # fmt: skip
+
     def _validate_states(self) -> None:
         states = self.teacher.states
         if states == "hidden_states" and self.one_token:
@@ -145,7 +189,7 @@ class DistillConfig:
     @property
     def one_token(self) -> bool:
         """Whether teacher and student are compared at the sampled token only."""
-        return not self.divergence_loss or self.divergence.kind == "sampled_token"
+        return not self.enabled or self.carrier == "advantage" or self.divergence.kind == "sampled_token"
 
     @property
     def teacher_states(self) -> str:
@@ -170,7 +214,7 @@ class DistillConfig:
     @property
     def student_pass(self) -> bool:
         """Whether the teacher's part needs a separate student pass before the update."""
-        return self.enabled and (self.support_pass or not self.divergence_loss)
+        return self.enabled and (self.support_pass or self.carrier == "advantage")
 
 
 def distill_config(values: Any) -> DistillConfig:

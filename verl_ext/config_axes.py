@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_ext.config_values import ConfigError, fail, number, one_of, optional_number
-from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
+from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, RESERVED_TEMPLATE_KWARGS, SOLUTION_TEMPLATE
 from verl_ext.reference_context import REFERENCE_TEMPLATE, ReferenceTemplate
 from verl_ext.revision import PHRASES, PLACEMENTS
 
@@ -19,7 +19,9 @@ INPUTS = ("auto", "logits", "hidden_states")
 TEACHERS = ("ema", "frozen", "live", "synced", "trust_region", "external")
 TEACHER_STATES = ("auto", "log_probs", "hidden_states")
 CONTEXTS = ("sibling", "reference", "revision", "none")
-SOURCES = ("student_rollouts", "reference")
+SOURCES = ("student_rollouts", "reference", "pairs")
+POSITIVES = ("teacher", "reference")
+PAIR_LOG_PROBS = ("sum", "mean")
 STAGED = ("sequences", "context", "divergence", "weighting")
 """Blocks that may change between stages; teacher and worker layout stay."""
 KERNELS = ("beta", "interval", "gaussian")
@@ -27,6 +29,7 @@ RATES = ("batch", "store", "running")
 DEMONSTRATIONS = ("first", "random", "shortest")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean")
 ON_NEGATIVE_GAP = ("warn", "stop", "ignore")
+PAIR_FILTERS = ("none", "correct_pos", "correct_pos_wrong_neg", "bt_reward")
 
 
 _OWN_KIND = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -37,16 +40,23 @@ class SequencesConfig:
     """Which sequences are scored.
 
     Attributes:
-        source: ``student_rollouts``, or ``reference``: texts of the data set or of the teacher, replayed as responses.
+        source: ``student_rollouts``; ``reference``: texts of the data set or of the teacher, replayed as responses; or
+            ``pairs``: beside every student rollout a sample of the teacher with its context (PBSD), so that half of a
+            question's rollouts are the teacher's.
         reference_key: key of ``extra_info`` that holds those texts, one or a list of them; rollout i of a question
             replays text i modulo their number.
+        positive: where a pair's teacher sample comes from: ``teacher``, drawn on the rollout servers from the weights
+            that are scored (a live teacher, or a frozen one that is the model without its adapter), or ``reference``,
+            drawn beforehand and replayed from ``reference_key`` (frozen and external teachers).
     """
 
     source: str = "student_rollouts"
     reference_key: str = "solution"
+    positive: str = "teacher"
 
     def validate(self) -> None:
         one_of("sequences.source", self.source, SOURCES)
+        one_of("sequences.positive", self.positive, POSITIVES)
         if not self.reference_key:
             fail("sequences.reference_key", self.reference_key, "a key of extra_info")
 
@@ -56,10 +66,10 @@ class TeacherConfig:
     """Whose weights the teacher has, and what it leaves for the update.
 
     Attributes:
-        kind: ``ema`` (own fp32 copy, moved once per trainer step), ``frozen`` (own copy of the starting weights),
-            ``live`` (the student's current weights, no second copy), ``synced`` (own copy, replaced by the student's
-            weights every ``sync_every`` steps), ``trust_region`` (logits (1 - tau) frozen + tau student, SDPO),
-            ``external`` (the checkpoint ``path``, over the same vocabulary).
+        kind: ``ema`` (own fp32 copy, moved once per trainer step), ``frozen`` (own copy of the starting weights; under
+            LoRA the student with its adapter off), ``live`` (the student's current weights, no second copy), ``synced``
+            (own copy, replaced by the student's weights every ``sync_every`` steps), ``trust_region`` (logits
+            (1 - tau) frozen + tau student, SDPO), ``external`` (the checkpoint ``path``, over the same vocabulary).
         update_rate: tau. ``ema``: teacher <- (1 - tau) teacher + tau student (SDPO: 0.05); ``trust_region``: the
             student's share of the logits.
         sync_every: trainer steps between two copies of the student, for ``synced``.
@@ -154,6 +164,9 @@ class ContextConfig:
             is put here before a run starts.
         placement: where attempt and phrase stand, for ``revision``: they begin the ``assistant``'s turn, or end the
             ``user``'s (the public code's second stage of fine-tuning).
+        template_kwargs: arguments of the chat template for the teacher's prompt only, laid over
+            ``data.apply_chat_template_kwargs`` (OPSD: enable_thinking true, the student's is false). Not for
+            ``revision``, which goes on after the student's own turn, nor ``none``, which reads the student's tokens.
     """
 
     kind: str = "sibling"
@@ -173,9 +186,11 @@ class ContextConfig:
     phrase_right: str | None = None
     phrase_wrong: str | None = None
     placement: str = "assistant"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
         one_of("context.kind", self.kind, CONTEXTS)
+        self._validate_template_kwargs()
         one_of("context.demonstration", self.demonstration, DEMONSTRATIONS)
         number("context.max_length", self.max_length, 1)
         for key, names in (
@@ -198,6 +213,14 @@ class ContextConfig:
                 fail(f"context.{key}", text, "a phrase, or null for that of context.phrases")
         one_of("context.placement", self.placement, PLACEMENTS)
 
+    def _validate_template_kwargs(self) -> None:
+        reserved = [name for name in RESERVED_TEMPLATE_KWARGS if name in self.template_kwargs]
+        if reserved:
+            fail("context.template_kwargs", self.template_kwargs, f"no {reserved[0]}, which is not the template's")
+        if self.template_kwargs and self.kind in ("none", "revision"):
+            fail("context.template_kwargs", self.template_kwargs, f"empty with kind={self.kind}, where the teacher "
+                 "reads the student's own prompt")  # fmt: skip
+
 
 @dataclass
 class DivergenceConfig:
@@ -219,6 +242,8 @@ class DivergenceConfig:
             ratio is 1 where a batch is one optimiser step.
         rollout_correction: multiply by the truncated rollout-to-train ratio where ``algorithm.rollout_correction`` asks
             for one.
+        skip_tokens: so many tokens at the beginning of every response carry no loss and are in no denominator (SDFT:
+            3). Statistics of rows are of the whole response.
     """
 
     kind: str = "jsd"
@@ -232,8 +257,10 @@ class DivergenceConfig:
     aggregation: str = "seq-mean-token-mean"
     ratio_clip: float | None = None
     rollout_correction: bool = True
+    skip_tokens: int = 0
 
     def validate(self) -> None:
+        number("divergence.skip_tokens", self.skip_tokens, 0)
         if not _OWN_KIND.fullmatch(self.kind):
             one_of("divergence.kind", self.kind, DIVERGENCES)
         number("divergence.alpha", self.alpha, 0.0, 1.0)
@@ -248,6 +275,38 @@ class DivergenceConfig:
         one_of("divergence.inputs", self.inputs, INPUTS)
         one_of("divergence.aggregation", self.aggregation, AGGREGATIONS)
         optional_number("divergence.ratio_clip", self.ratio_clip, 0.0, above=True)
+
+
+@dataclass
+class PreferenceConfig:
+    """PBSD's logistic loss on pairs, with ``carrier=preference`` (arXiv 2605.05040, Eq. 10).
+
+    Attributes:
+        beta: factor of the margin, above 0.
+        beta_final: its value at the last step, reached linearly from ``beta``; None: constant.
+        pair_filter: ``none`` (the paper), or an extension of ours: ``correct_pos`` (y+ is right),
+            ``correct_pos_wrong_neg`` (and y- is wrong), ``bt_reward`` (label sigma(r+ - r-), whose fixed point is the
+            teacher reweighted by exp(r / beta)).
+        log_prob: a response's log-probability is the ``sum`` over its tokens or their ``mean`` (beta then wants to be
+            larger by about the length).
+    """
+
+    beta: float = 0.1
+    beta_final: float | None = None
+    pair_filter: str = "none"
+    log_prob: str = "sum"
+
+    def beta_at(self, step: int, steps: int) -> float:
+        """beta of trainer step ``step``, from 1 to ``steps``."""
+        if self.beta_final is None or steps <= 1:
+            return self.beta
+        return self.beta + (self.beta_final - self.beta) * (step - 1) / (steps - 1)
+
+    def validate(self) -> None:
+        number("preference.beta", self.beta, 0.0, above=True)
+        optional_number("preference.beta_final", self.beta_final, 0.0, above=True)
+        one_of("preference.pair_filter", self.pair_filter, PAIR_FILTERS)
+        one_of("preference.log_prob", self.log_prob, PAIR_LOG_PROBS)
 
 
 @dataclass

@@ -37,7 +37,7 @@ DEMONSTRATION_CHOICES = ("first", "random", "shortest")
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 # Set by this module in every chat-template call; a user's template arguments may not contradict them.
-_RESERVED_TEMPLATE_KWARGS = ("tokenize", "add_generation_prompt", "return_dict", "truncation", "padding")
+RESERVED_TEMPLATE_KWARGS = ("tokenize", "add_generation_prompt", "return_dict", "truncation", "padding")
 
 
 # ---------------------------------------------------------------------------------------------------------- templates
@@ -282,7 +282,7 @@ def _name(row: object) -> str:
 
 def check_template_kwargs(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """``data.apply_chat_template_kwargs`` as a dict; ValueError for an argument that this module sets itself."""
-    clash = [name for name in _RESERVED_TEMPLATE_KWARGS if name in template_kwargs]
+    clash = [name for name in RESERVED_TEMPLATE_KWARGS if name in template_kwargs]
     if clash:
         raise ValueError(f"data.apply_chat_template_kwargs: {clash} may not be set there")
     return dict(template_kwargs)
@@ -293,8 +293,9 @@ class PromptTokenizer:
 
     The rows of a question often share one teacher prompt (every failed row has the same demonstration). The same
     template arguments as in the rollouts (``data.apply_chat_template_kwargs``) have to be given, or teacher and student
-    would answer after different generation prompts; ``check_prompt_parity`` compares. The tokenizer's settings are left
-    alone: nothing is padded or cut, so no side has to be set.
+    would answer after different generation prompts (OPSD wants that: ``distill.context.template_kwargs``);
+    ``check_prompt_parity`` compares. The tokenizer's settings are left alone: nothing is padded or cut, so no side has
+    to be set.
     """
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:

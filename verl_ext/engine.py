@@ -77,10 +77,10 @@ class DistillEngine(FSDPEngineWithLMHead):
 
         def read(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             weight = head.weight
-            if getattr(head, "bias", None) is not None or isinstance(weight, DTensor):
+            if getattr(head, "bias", None) is not None or isinstance(weight, DTensor) or hasattr(head, "base_layer"):
                 raise RuntimeError(
                     f"the head is {type(head).__name__} with weight {type(weight).__name__}; reading hidden states "
-                    "needs a gathered weight and no bias. Set distill.divergence.inputs=logits and "
+                    "needs a gathered weight, no bias and no adapter. Set distill.divergence.inputs=logits and "
                     "distill.teacher.states=log_probs"
                 )
             values = loss_function(hidden_states=Head(_packed(hidden, micro_batch), weight), data=micro_batch)

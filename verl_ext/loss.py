@@ -17,6 +17,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_ext.chunks import Head, Logits
 from verl_ext.config import DistillConfig
+from verl_ext.pair_pass import COEFFICIENT
 from verl_ext.passes import ROW_ID
 from verl_ext.student_values import DETAILS, student_values
 
@@ -68,6 +69,13 @@ TOKEN_DIVERGENCE = "token_divergence"
 """Row statistic: the divergence at every response token, of rows that are recorded; () of the others."""
 
 
+def without_first(mask_BT: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The response mask [..., T] without the first ``tokens`` positions (``distill.divergence.skip_tokens``)."""
+    mask_BT = mask_BT.clone()
+    mask_BT[..., :tokens] = 0
+    return mask_BT
+
+
 class Loss:
     """verl's loss function of the actor; a picklable object, sent to the workers by ``set_loss_fn``."""
 
@@ -103,6 +111,8 @@ class Loss:
         if self.config.divergence_loss:
             distill_loss = self.distillation(model_output, data, metrics)
             loss = loss + self.config.coefficient * distill_loss
+        if self.config.pairs:
+            loss = loss + self.preference(model_output, data)
         if self.config.policy_gradient:
             policy_loss = self.policy_gradient(model_output, data, metrics)
             # Not multiplied where there is nothing to blend: GRPO alone stays verl's own loss, bit for bit. Where the
@@ -121,7 +131,7 @@ class Loss:
             divergence_BT = divergence_BT * factors_BT
         loss = data["dp_size"] * aggregate(
             divergence_BT,
-            mask_BT,
+            without_first(mask_BT, self.config.divergence.skip_tokens),
             data[WEIGHT],
             mode=self.config.divergence.aggregation,
             rows=int(data[ROWS][0]),
@@ -130,6 +140,20 @@ class Loss:
         metrics["distill/loss"] = Metric(value=loss.detach(), aggregation=AggregationType.SUM)
         metrics.update(row_statistics(values, mask_BT, data))
         return loss
+
+    def preference(self, model_output: dict[str, Any], data: TensorDict) -> torch.Tensor:
+        """PBSD: what has the gradient of the mean preference loss over the pairs of the mini-batch, left-out ones too.
+
+        -(1/pairs) sum_i c_i log pi(y_i), where the coefficients c of both sides of a pair were made from the four
+        log-probabilities before the first mini-batch; its value means nothing.
+        """
+        log_probs_BT = no_padding_2_padding(model_output["log_probs"], data)
+        mask_BT = data["response_mask"].to_padded_tensor(0).bool()
+        coefficients_B = data[COEFFICIENT].to(log_probs_BT.dtype)
+        # Selected, not multiplied: a NaN in a row of no pair stays there.
+        kept_BT = mask_BT & (coefficients_B != 0).unsqueeze(1)
+        log_probs_B = torch.where(kept_BT, log_probs_BT, torch.zeros_like(log_probs_BT)).sum(1)
+        return -data["dp_size"] * (coefficients_B * log_probs_B).sum() / max(1, int(data[ROWS][0]) // 2)
 
     def multipliers(self, log_probs_BT: torch.Tensor, data: TensorDict) -> torch.Tensor | None:
         """SDPO's detached factors of a token: min(pi / pi_old, ratio_clip) and min(pi_old / pi_rollout, threshold).

@@ -53,7 +53,8 @@ class NonFiniteWatch:
                 raise NonFiniteSteps(
                     f"loss or gradient was not finite in {self.in_a_row} optimiser steps in a row, up to step {step} "
                     f"(distill.non_finite_limit={self.limit}); {named}. Nothing was updated in them; their batches are "
-                    "in non_finite.jsonl. A lower learning rate, actor_rollout_ref.actor.grad_clip or fp32 may help"
+                    "in non_finite.jsonl. A lower learning rate, actor_rollout_ref.actor.optim.clip_grad or fp32 may "
+                    "help"
                 )
             self.sink.warning(f"step {step}: loss or gradient was not finite, no update; {named} (non_finite.jsonl)")
         return {"update/skipped_non_finite": float(skipped)}

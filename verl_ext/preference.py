@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-PAIR_FILTERS = ("none", "correct_pos", "correct_pos_wrong_neg", "bt_reward")
+from verl_ext.config_axes import PAIR_FILTERS
 
 
 def margins(

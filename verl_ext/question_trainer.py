@@ -20,8 +20,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
+from verl_ext.batch_plan import teacher_prompts
 from verl_ext.config import distill_config
 from verl_ext.forgetting import Forgetting
+from verl_ext.pair_loop import PAIR_AGENT, TEACHER_IDS
 from verl_ext.question_data import file_list, read_questions
 from verl_ext.replay_loop import REFERENCE_KEY, REPLAY_AGENT
 from verl_ext.run_sampling import RunSampling
@@ -114,7 +116,23 @@ class QuestionTrainer(PPOTrainerSync):
         sequences = self.distill.sequences
         if self.distill.enabled and sequences.source == "reference":
             tu.assign_non_tensor(batch, agent_name=REPLAY_AGENT, **{REFERENCE_KEY: sequences.reference_key})
+        if self.distill.pairs:
+            self._ask_for_pairs(batch)
         return batch
+
+    def _ask_for_pairs(self, batch: TensorDict) -> None:
+        """Names the agent loop of the pairs and gives it the teacher's prompt of each question."""
+        prompts = teacher_prompts(
+            [list(messages) for messages in batch["raw_prompt"]],
+            [dict(info) for info in batch["extra_info"]],
+            context=self.distill.context,
+            tokenizer=self.tokenizer,
+            template_kwargs=dict(self.config.data.get("apply_chat_template_kwargs") or {}),
+        )
+        tu.assign_non_tensor_stack(batch, TEACHER_IDS, [ids or [] for ids in prompts])
+        tu.assign_non_tensor(batch, agent_name=PAIR_AGENT)
+        if self.distill.sequences.positive == "reference":
+            tu.assign_non_tensor(batch, **{REFERENCE_KEY: self.distill.sequences.reference_key})
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()

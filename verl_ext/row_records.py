@@ -16,6 +16,8 @@ DIGITS = 5  # of a divergence in a record
 def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
     """Row i in plain values, with the teacher's context and the question's pass rate and weight."""
     messages = plan.contexts_N[i].messages
+    foreign = rows.batch.foreign
+    sampler = {} if foreign is None else {"sampled_by": "teacher" if foreign[i] else "student"}
     return {
         "question_id": rows.question_ids[i],
         "rollout": int(rows.batch.rollout_index[i]),
@@ -26,6 +28,7 @@ def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
         "pass_rate": float(plan.rates_P[plan.question_index_N[i]]),
         "weight": float(plan.weights_N[i]),
         "has_demonstration": plan.demonstrations_N[i] is not None,
+        **sampler,
     }
 
 

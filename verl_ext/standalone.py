@@ -15,6 +15,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_ext import engine
+from verl_ext.adapter import has_own_weights
 from verl_ext.config import distill_config
 from verl_ext.loss import ROWS, TOKENS, WEIGHT
 from verl_ext.packing import to_jagged
@@ -37,7 +38,7 @@ class StandaloneWorker(DistillWorker):
 
     def init_model(self) -> None:
         distill = distill_config(self.config.distill)
-        if distill.enabled and distill.teacher.has_own_weights:
+        if has_own_weights(distill, self.config.model):
             placement = "host" if distill.teacher.offload else "device"
             other = _TeacherOnly(self.config, role="ref")
             other.ref_worker_cls = self._teacher_worker_class(distill)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.utils.padding import response_to_nested
 
+from verl_ext.adapter import ADAPTER_OFF, has_own_weights, is_adapter_off, switching_servers
 from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.loss import WEIGHT
@@ -34,6 +37,8 @@ from verl_ext.non_finite import NonFiniteWatch
 from verl_ext.old_log_probs import OldLogProbs, old_log_probs
 from verl_ext.outcome_advantage import FIELDS as ADVANTAGE_FIELDS
 from verl_ext.outcome_advantage import outcome_advantages
+from verl_ext.pair_step import PairStep, mark_teacher_samples
+from verl_ext.pairs import PairPlan
 from verl_ext.passes import ROW_ID
 from verl_ext.question_trainer import QuestionTrainer
 from verl_ext.rollout_correction import correct_rollouts
@@ -60,6 +65,7 @@ class DistillTrainer(QuestionTrainer):
         super().__init__(config, sink)
         self._gap_alarm = GapAlarm(self.distill)
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
+        self._pairs = PairStep(self.distill, config, sink.warning) if self.distill.pairs else None
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
         self._self_check: dict[str, float] = {}
         self._teacher_head_sent = False
@@ -87,7 +93,7 @@ class DistillTrainer(QuestionTrainer):
     @property
     def teacher_has_own_weights(self) -> bool:
         """Whether a second copy of the model stands in the reference policy's place."""
-        return self.distill.enabled and self.distill.teacher.has_own_weights
+        return has_own_weights(self.distill, self.config.actor_rollout_ref.model)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -104,7 +110,8 @@ class DistillTrainer(QuestionTrainer):
             self.resource_pool_manager.resource_pool_spec[POOL] = [teacher.workers] * teacher.nodes
 
     def _setup(self) -> None:
-        super()._setup()
+        with switching_servers(self.config):
+            super()._setup()
         if POOL in self.resource_pool_manager.resource_pool_dict:
             pool = self.resource_pool_manager.resource_pool_dict[POOL]
             self.teacher_wg = start_teacher(self.config, pool, device_name=self.config.trainer.device)
@@ -113,6 +120,8 @@ class DistillTrainer(QuestionTrainer):
         for rank, parts in enumerate(self.actor_rollout_wg.describe()):
             expected = {"engine": "DistillEngine", "loss": "Loss"}
             expected["teacher"] = "DistillEngine" if self.teacher_has_own_weights else parts["teacher"]
+            if is_adapter_off(self.distill, self.config.actor_rollout_ref.model):
+                expected["teacher"] = ADAPTER_OFF
             if parts != expected:
                 raise RuntimeError(f"worker {rank} runs {parts}, expected {expected}: our plugin did not reach it")
         super().on_init_end()
@@ -136,6 +145,10 @@ class DistillTrainer(QuestionTrainer):
         with marked_timer("plan", timing_raw):
             rows = read_rows(batch, self.tokenizer)
             plan = self._plan(rows, metrics)
+            pairs = self._pairs.plan(rows, plan, self.global_steps) if self._pairs else None
+            if pairs is not None:
+                metrics.update(pairs.metrics)
+                plan = replace(plan, distill_N=pairs.keep_N)
             rows.meta = self._compute_advantage(rows.meta, metrics)
             work = lay_out(
                 rows,
@@ -151,7 +164,7 @@ class DistillTrainer(QuestionTrainer):
         if work.meta is None:
             self._skip(metrics)
         else:
-            divergences = self._train(rows, plan, work, metrics, timing_raw)
+            divergences = self._train(rows, plan, work, metrics, timing_raw, pairs)
         self._log_completions(rows, plan, divergences)
         return KVBatchMeta(
             partition_id=rows.meta.partition_id,
@@ -163,6 +176,8 @@ class DistillTrainer(QuestionTrainer):
         """Steps 1 to 3: pass rates, weights, teacher contexts."""
         started = time.perf_counter()
         rollout = self.config.actor_rollout_ref.rollout
+        if self._pairs:
+            mark_teacher_samples(rows)
         plan = plan_batch(
             rows.batch,
             weighting=self.distill.weighting,
@@ -215,7 +230,13 @@ class DistillTrainer(QuestionTrainer):
         return max(group._dispatch_info["actor"]) + 1
 
     def _train(
-        self, rows: RolloutRows, plan: BatchPlan, layout: Work, metrics: dict, timing_raw: dict
+        self,
+        rows: RolloutRows,
+        plan: BatchPlan,
+        layout: Work,
+        metrics: dict,
+        timing_raw: dict,
+        pairs: PairPlan | None = None,
     ) -> dict[int, tuple[float, ...]]:
         """Steps 6 to 9 on the rows to forward; returns the token divergences of the rows to record."""
         work = layout.meta
@@ -232,6 +253,10 @@ class DistillTrainer(QuestionTrainer):
             self._self_check = {}
             if self.distill.carrier == "advantage":
                 metrics.update(self._row_metrics(rows, plan, self._teacher_advantage(work, metrics)))
+        if self._pairs and pairs is not None:
+            with marked_timer("student_pass", timing_raw):
+                scoring = partial(self._call, self.actor_rollout_wg.score_pairs, work, settings)
+                metrics.update(self._pairs.score(rows, plan, pairs, work, scoring, self.global_steps))
         if self.use_reference_policy:
             with marked_timer("ref", timing_raw):
                 self._compute_ref_log_prob(self._meta(work, settings), metrics)
@@ -252,6 +277,8 @@ class DistillTrainer(QuestionTrainer):
         values = rename_dict(output, "actor/")
         values["perf/mfu/actor"] = values.pop("actor/mfu")
         metrics.update(reduce_metrics(values))
+        if self._pairs:
+            metrics.pop("actor/loss")  # of no meaning; the preference loss is distill/loss
         if self.distill.divergence_loss:
             metrics["distill/loss"] = metrics.pop("actor/distill/loss")
             metrics.update(self._row_metrics(rows, plan, statistics))
@@ -411,7 +438,7 @@ class DistillTrainer(QuestionTrainer):
     def _update_teacher(self, metrics: dict) -> None:
         """Step 9; teachers that stand still are measured against the student."""
         settings = self.distill.teacher
-        if not settings.has_own_weights or settings.kind == "external":
+        if not self.teacher_has_own_weights or settings.kind == "external":
             return
         parts = self.actor_rollout_wg.update_teacher(settings.rate_after(self.global_steps))
         if settings.moves:

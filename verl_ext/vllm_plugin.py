@@ -12,3 +12,4 @@ def register() -> None:
 
         compat.answer_for_vllm_version()
         compat.keep_vllm_linear_weights()
+        compat.requests_without_an_adapter()

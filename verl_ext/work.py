@@ -18,7 +18,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl_ext.batch_plan import BatchPlan
 from verl_ext.compaction import PADDING_ROW, MiniBatchPlan, keep_rows, plan_mini_batches
 from verl_ext.config import DistillConfig
-from verl_ext.loss import RECORDED, ROWS, TOKENS, WEIGHT
+from verl_ext.loss import RECORDED, ROWS, TOKENS, WEIGHT, without_first
 from verl_ext.packing import to_jagged
 from verl_ext.passes import ROW_ID
 from verl_ext.rollout_rows import RolloutRows
@@ -93,19 +93,22 @@ def lay_out(
         recorded: rows whose divergence is wanted token by token.
     """
     actor = config.actor_rollout_ref.actor
-    loss_tokens = [int(mask.sum()) for mask in rows.data["response_mask"].unbind()]
+    skip = distill.divergence.skip_tokens if distill.divergence_loss else 0
+    loss_tokens = [int(without_first(mask, skip).sum()) for mask in rows.data["response_mask"].unbind()]
+    # A response of skipped tokens only has a loss of exactly 0.
+    taught = plan.distill_N & (torch.tensor(loss_tokens) > 0) if skip else plan.distill_N
     advantages = None
     if distill.coefficient < 1:
         advantages = [float(row.abs().max()) if row.numel() else 0.0 for row in read_advantages(rows.meta)]
     active = keep_rows(
         plan.weights_N,
-        plan.distill_N,
+        taught,
         coefficient=distill.coefficient,
         advantages_N=advantages,
         kl_coefficient=float(actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
         entropy_coefficient=float(actor.entropy_coeff),
     )
-    taught = plan.distill_N & (plan.weights_N != 0)
+    taught = taught & (plan.weights_N != 0)
     mini_batches = _mini_batches(rows, plan, taught, active, loss_tokens, distill, config, ranks)
     metrics = dict(mini_batches.metrics)
     metrics["rows/train_share"] = float(np.mean(active)) if len(active) else 0.0

@@ -25,10 +25,12 @@ from verl.workers.config import HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext import engine, teacher
+from verl_ext.adapter import ADAPTER_OFF, is_adapter_off, uses_adapter
 from verl_ext.config import DistillConfig, distill_config
 from verl_ext.gradient_sketch import GradientSketch
 from verl_ext.loss import WEIGHT, Loss
 from verl_ext.packing import lengths, to_jagged
+from verl_ext.pair_pass import PairPass
 from verl_ext.passes import ROW_ID, ForwardPass, StudentPass, TeacherPass, rollout_temperature, settle_mixed_teacher
 from verl_ext.row_store import STORE
 from verl_ext.student_values import Discrepancy
@@ -139,6 +141,9 @@ class DistillWorker(ActorRolloutRefWorker):
         if self.distill.enabled:
             placement = "host" if self.distill.teacher.offload else "device"
         self.ref_worker_cls = self._teacher_worker_class(self.distill)
+        if uses_adapter(self.config.model):
+            # verl leaves torch at its fixed default seed: every run would start with the same A.
+            torch.manual_seed(self.config.actor.fsdp_config.seed)
         with engine.forward_only_placement(placement):
             super().init_model()
         if self.distill.enabled:
@@ -167,13 +172,23 @@ class DistillWorker(ActorRolloutRefWorker):
         return {
             "engine": type(self.actor.engine).__name__,
             "loss": type(self.actor.loss_fn).__name__,
-            "teacher": type(self.ref.engine).__name__ if self.ref is not None else "none",
+            "teacher": type(self.ref.engine).__name__ if self.ref is not None else self._copyless_teacher,
         }
+
+    @property
+    def _adapter_off(self) -> bool:
+        return is_adapter_off(self.distill, self.config.model)
+
+    @property
+    def _copyless_teacher(self) -> str:
+        return ADAPTER_OFF if self._adapter_off else "none"
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_log_prob(self, data: TensorDict) -> TensorDict:
         """Student pass: verl's log-probabilities, and the support of rows that will be distilled."""
-        if ROW_ID not in data or not self.distill.student_pass:
+        # verl's reference policy under LoRA is this same call with the adapter off: no student pass.
+        reference = tu.get_non_tensor_data(data=data, key="no_lora_adapter", default=False)
+        if reference or ROW_ID not in data or not self.distill.student_pass:
             return super().compute_log_prob(data)
         STORE.clear()
         log_probs_too = not tu.get_non_tensor_data(data=data, key="distillation_only", default=False)
@@ -202,13 +217,25 @@ class DistillWorker(ActorRolloutRefWorker):
         chosen = torch.nonzero(taught).flatten()
         self._run_teacher(data, chosen, list(data[TEACHER_PROMPT].unbind()))
         output = {"taught": taught}
-        if not self.distill.divergence_loss:
+        if self.distill.carrier == "advantage":
             ratios = [torch.zeros(len(row)) for row in data["responses"].unbind()]
             for index in chosen.tolist():
                 state = STORE[int(data[ROW_ID][index])]
                 ratios[index] = (state.teacher_token_log_probs - state.student_log_probs).cpu()
             output["teacher_log_ratio"] = to_jagged(ratios)
         return tu.get_tensordict(output)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def score_pairs(self, data: TensorDict) -> TensorDict:
+        """The student on both sides of the pairs, after the teacher pass.
+
+        Returns:
+            the fields of :meth:`verl_ext.pair_pass.PairPass.columns`.
+        """
+        scoring = PairPass(self.distill)
+        self.actor.forward(_copy(data), scoring)
+        STORE.clear()
+        return tu.get_tensordict(scoring.columns(data[ROW_ID].tolist()))
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_discrepancy(self, data: TensorDict) -> TensorDict:
@@ -242,7 +269,7 @@ class DistillWorker(ActorRolloutRefWorker):
         support = "none"
         if not self.distill.one_token:
             support = {"student_topk": "given"}.get(divergence.support, divergence.support)
-        parts = [(self.actor if settings.kind == "live" else self.ref, 1.0)]
+        parts = [(self.actor if settings.kind == "live" or self._adapter_off else self.ref, 1.0)]
         if settings.kind == "trust_region":
             parts = [(self.ref, 1.0 - settings.update_rate), (self.actor, settings.update_rate)]
         keep = self.distill.teacher_states if len(parts) == 1 else "hidden_states"
@@ -255,7 +282,9 @@ class DistillWorker(ActorRolloutRefWorker):
                 on_host=settings.offload,
                 from_logits=divergence.inputs == "logits",
             )
-            worker.forward(self._teacher_batch(data, chosen, prompts), forward_pass)
+            batch = self._teacher_batch(data, chosen, prompts)
+            tu.assign_non_tensor(batch, no_lora_adapter=self._adapter_off)
+            worker.forward(batch, forward_pass)
             forward_pass.leave_head()
         if keep != self.distill.teacher_states:
             rows = {int(data[ROW_ID][i]): data["responses"][i] for i in chosen.tolist()}
@@ -368,6 +397,10 @@ class DistillWorker(ActorRolloutRefWorker):
         parts = {"student": digest(self._student_shards())}
         if self.ref is not None:
             parts["teacher"] = digest(self._teacher_shards())
+        if uses_adapter(self.config.model):
+            shards = self._student_shards()
+            parts["adapter"] = digest({name: shard for name, shard in shards.items() if "lora_" in name})
+            parts["base"] = digest({name: shard for name, shard in shards.items() if "lora_" not in name})
         return parts
 
     def _student_shards(self) -> dict[str, torch.Tensor]:

@@ -190,12 +190,58 @@ def test_vllm_finds_our_plugin_by_its_entry_point_and_it_acts_on_a_cpu_only(monk
     called: list[str] = []
     monkeypatch.setattr(compat, "answer_for_vllm_version", lambda: called.append("version"))
     monkeypatch.setattr(compat, "keep_vllm_linear_weights", lambda: called.append("weights"))
+    monkeypatch.setattr(compat, "requests_without_an_adapter", lambda: called.append("adapters"))
     monkeypatch.setenv("VERL_PLATFORM", "cuda")
     vllm_plugin.register()
     assert called == []
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     vllm_plugin.register()
-    assert called == ["version", "weights"]
+    assert called == ["version", "weights", "adapters"]
+
+
+# --------------------------------------------------------------------------------------- requests without an adapter
+
+ADAPTERS = """
+import torch
+from verl_ext import compat
+compat.answer_for_vllm_version()
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+torch.manual_seed(0)
+a, b, x = torch.randn(1, 1, 4, 6), torch.randn(1, 1, 5, 4), torch.randn(4, 6)
+delta = 2.0 * x @ a[0, 0].T @ b[0, 0].T
+
+
+def computed(ids, is_prefill):
+    wrapper = PunicaWrapperCPU(8, 8, "cpu")
+    wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(ids), is_prefill=is_prefill), [1], 1, 32)
+    y = torch.zeros(4, 5)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 2.0, (5,))
+    return y
+
+
+def right(ids):
+    kept = torch.tensor([i > 0 for i in ids]).unsqueeze(1)
+    return all(torch.allclose(computed(ids, prefill), delta * kept, atol=1e-4) for prefill in (True, False))
+
+
+mixed = (1, 0, 0, 1)
+without = right((1, 1, 1, 1)), right(mixed)
+compat.requests_without_an_adapter()
+compat.requests_without_an_adapter()
+print("RESULT", *without, right((1, 1, 1, 1)), right(mixed), right((0, 0, 0, 0)))
+"""
+
+
+def test_a_request_without_an_adapter_gets_the_last_one_without_us_and_none_with_us() -> None:
+    done = python(ADAPTERS)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stderr
+    adapter, mixed, *ours = lines[-1].split()[1:]
+    assert adapter == "True"
+    assert mixed == "False", "vLLM now leaves such a request out by itself: the replacement may go"
+    assert ours == ["True"] * 3
 
 
 # ------------------------------------------------------------------------------------------------------ other packages

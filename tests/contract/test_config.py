@@ -24,6 +24,7 @@ from verl_ext import config as distill
 from verl_ext import forgetting_config
 from verl_ext.config import ConfigError, DistillConfig, distill_config
 from verl_ext.contexts import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
+from verl_ext.reference_context import OPSD_TEMPLATE, OPSD_V1_TEMPLATE, SDFT_TEMPLATE
 from verl_ext.verifier_config import VerifierConfig
 
 pytestmark = pytest.mark.contract
@@ -64,6 +65,8 @@ def test_every_preset_composes_and_validates(preset: str) -> None:
     external = ["distill.teacher.path=some/model"]
     methods = ("paced_distill", "paced_two_stage", "paced_two_stage_reversed")
     needed = dict.fromkeys(["teacher=external", *(f"method={name}" for name in methods)], external)
+    needed["adapter=lora"] = ["teacher=frozen"]
+    needed |= {"sequences=pairs": ["method=pbsd"], "sequences=pairs_replayed": ["method=pbsd", "teacher=frozen"]}
     needed |= dict.fromkeys(("sequences=reference", "sequences=teacher_text"), ["context=none", "weighting=uniform"])
     config = compose_config([preset, *needed.get(preset, [])])
     distill_config(config.distill)
@@ -78,13 +81,17 @@ def test_the_configs_of_the_other_commands_compose() -> None:
     assert compose_config(["sample.out=x", "text.out=y"], name="teacher_text").text.key == "teacher_text"
 
 
-@pytest.mark.parametrize("name", ["paced", "paced_ablations"])
-def test_every_entry_of_a_declared_study_composes(name: str) -> None:
+STUDIES = {"paced": 3, "paced_ablations": 3, "opsd": 1, "pbsd": 3, "pbsd_stability": 3, "pbsd_teachers": 3}
+
+
+@pytest.mark.parametrize(("name", "seeds"), STUDIES.items())
+def test_every_entry_of_a_declared_study_composes(name: str, seeds: int) -> None:
     study = read_study(CONF / "study" / f"{name}.yaml")
     first = {run.entry: run for run in study.runs if run.seed == 0}
-    assert len(first) == len(study.entries) and len(study.runs) == 3 * len(first)
+    assert len(first) == len(study.entries) and len(study.runs) == seeds * len(first)
     composed = {entry: compose_config(run.overrides) for entry, run in first.items()}
-    assert len({str(config.distill) for config in composed.values()}) == len(composed), "no entry repeats another"
+    different = {(str(config.distill), config.actor_rollout_ref.model.path) for config in composed.values()}
+    assert len(different) == len(composed), "no entry repeats another"
 
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
@@ -126,6 +133,7 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
     found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
+    found.get("distill", {}).get("context", {}).pop("template_kwargs", None)  # they belong to the chat template
     found.get("verifier", {}).pop("options", None)  # they belong to the function: test_data_presets.py
     ours = {key for key in flat(found) if key.split(".")[0] in BLOCKS}
     assert ours <= known
@@ -216,7 +224,96 @@ SD_ZERO = {
     "chain.fresh_questions": True,
 }
 
+OPSD = {
+    "distill.coefficient": 1.0,
+    "distill.teacher.kind": "frozen",
+    "distill.context.kind": "reference",
+    "distill.context.reference_key": "solution",
+    "distill.context.template_kwargs": {"enable_thinking": True},
+    "distill.sequences.source": "student_rollouts",
+    "distill.divergence.support": "full",
+    "distill.divergence.aggregation": "token-mean",
+    "distill.weighting.alpha": 0.0,
+    "distill.weighting.beta": 0.0,
+    "data.train_batch_size": 32,
+    "data.apply_chat_template_kwargs": {"enable_thinking": False},
+    "actor_rollout_ref.rollout.n": 1,
+    "actor_rollout_ref.rollout.temperature": 1.1,
+    "actor_rollout_ref.rollout.top_p": 0.95,
+    "actor_rollout_ref.rollout.top_k": 20,
+    "actor_rollout_ref.rollout.val_kwargs.temperature": 1.0,
+    "actor_rollout_ref.rollout.val_kwargs.top_p": 1.0,
+    "actor_rollout_ref.rollout.val_kwargs.top_k": -1,
+}
+
 PUBLISHED = {
+    "method=opsd": OPSD
+    | {
+        "distill.context.reference_template": OPSD_TEMPLATE,
+        "distill.divergence.kind": "forward_kl",
+        "distill.divergence.clip": 0.05,
+        "distill.divergence.clip_level": "entry",
+        "actor_rollout_ref.actor.optim.lr": 5e-6,
+        "actor_rollout_ref.actor.optim.clip_grad": 0.1,
+        "run.steps": 100,
+        "run.save_every": 25,
+        "run.val_every": 25,
+        "actor_rollout_ref.rollout.val_kwargs.n": 12,
+    },
+    "method=opsd_v1": OPSD
+    | {
+        "distill.context.reference_template": OPSD_V1_TEMPLATE,
+        "distill.divergence.kind": "jsd",
+        "distill.divergence.alpha": 0.5,
+        "distill.divergence.clip": None,
+        "actor_rollout_ref.actor.optim.lr": 2e-4,
+        "actor_rollout_ref.actor.optim.clip_grad": 1.0,
+        "run.steps": 500,
+        "run.save_every": 50,
+        "actor_rollout_ref.rollout.val_kwargs.n": 16,
+    },
+    "method=sdft": {
+        "distill.coefficient": 1.0,
+        "distill.teacher.kind": "ema",
+        "distill.teacher.update_rate": 0.01,
+        "distill.context.kind": "reference",
+        "distill.context.reference_key": "demonstration",
+        "distill.context.reference_template": SDFT_TEMPLATE,
+        "distill.sequences.source": "student_rollouts",
+        "distill.divergence.kind": "forward_kl",
+        "distill.divergence.support": "full",
+        "distill.divergence.clip": None,
+        "distill.divergence.skip_tokens": 3,
+        "distill.divergence.rollout_correction": True,
+        "distill.weighting.alpha": 0.0,
+        "distill.weighting.beta": 0.0,
+        "algorithm.rollout_correction.rollout_is": "token",
+        "algorithm.rollout_correction.rollout_is_threshold": 2.0,
+        "data.train_batch_size": 32,
+        "actor_rollout_ref.rollout.n": 1,
+        "actor_rollout_ref.actor.optim.lr": 2e-5,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": -1,  # so that the ratio counts
+        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.1,
+        "actor_rollout_ref.actor.optim.clip_grad": 1.0,
+    },
+    "method=pbsd": {
+        "distill.coefficient": 1.0,
+        "distill.carrier": "preference",
+        "distill.preference": {"beta": 0.1, "beta_final": None, "pair_filter": "none", "log_prob": "sum"},
+        "distill.sequences.source": "pairs",
+        "distill.sequences.positive": "teacher",
+        "distill.teacher.kind": "live",
+        "distill.context.kind": "reference",
+        "distill.context.reference_template": OPSD_TEMPLATE,
+        "distill.weighting.alpha": 0.0,
+        "actor_rollout_ref.rollout.n": 2,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "actor_rollout_ref.rollout.top_p": 1.0,
+        "actor_rollout_ref.rollout.top_k": -1,
+        "actor_rollout_ref.actor.optim.lr": 5e-6,
+        "actor_rollout_ref.actor.optim.clip_grad": 0.1,
+    },
     "method=sd_zero": SD_ZERO | {"distill.divergence.kind": "reverse_kl", "srt.losses": "joint", "run.steps": 70},
     "method=sd_zero_code": SD_ZERO
     | {
@@ -382,6 +479,21 @@ def test_a_published_preset_has_the_values_its_source_states(preset: str) -> Non
         value = OmegaConf.select(config, key)
         found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     assert found == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize(
+    ("method", "data"), [("opsd", "openthoughts_math"), ("opsd_v1", "openthoughts_math"), ("sdft", "tooluse")]
+)
+@pytest.mark.parametrize("model", ["qwen3_1_7b", "qwen3_4b", "qwen3_8b"])
+def test_opsd_and_sdft_keep_their_words_on_their_own_data(method: str, data: str, model: str) -> None:
+    alone = compose_config([f"method={method}", f"model={model}"])
+    config = compose_config([f"method={method}", f"model={model}", f"data={data}", "hardware=gpu"])
+    for key in ("reference_key", "reference_template", "template_kwargs"):
+        assert config.distill.context[key] == alone.distill.context[key]
+    lengths = {"openthoughts_math": (1024, 1024), "tooluse": (2048, 8192)}[data]
+    assert (config.data.max_prompt_length, config.data.max_response_length) == lengths
+    tiny = compose_config([f"method={method}", "model=tiny", "data=tiny_world", "hardware=cpu"])
+    assert tiny.distill.context.reference_key == "solution"  # all that the tiny world's rows have
 
 
 def test_sc_sdpo_with_exponents_of_zero_is_sdpo_but_for_the_name() -> None:

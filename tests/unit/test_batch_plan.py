@@ -203,6 +203,24 @@ def test_without_context_the_teacher_reads_the_students_prompt():
     assert too_long.distill_N.tolist() == [False, True] and too_long.metrics["context/too_long"] == 1
 
 
+@pytest.mark.parametrize("kind", ["sibling", "reference"])
+def test_the_teacher_s_template_arguments_are_laid_over_the_student_s(kind):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}|{{ mood }}{{ style }}{{ '<think>' if enable_thinking }}"
+    batch = batch_of("10", extra_infos=[{"solution": "S"}] * 2)
+    student = {"enable_thinking": False, "mood": "calm"}
+
+    def end_of(template_kwargs):
+        context = ContextConfig(kind=kind, template_kwargs=template_kwargs)
+        result = plan_batch(
+            batch, weighting=UNIFORM, context=context, tokenizer=tokenizer, template_kwargs=dict(student)
+        )
+        return tokenizer.decode(result.teacher_prompt_ids_N[1]).rpartition("|")[2]
+
+    assert end_of({}) == "calm"
+    assert end_of({"enable_thinking": True, "style": "bold"}) == "calmbold<think>"
+
+
 REVISION = ContextConfig(kind="revision", phrase_right="R", phrase_wrong="W")
 
 

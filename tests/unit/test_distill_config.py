@@ -73,6 +73,7 @@ def test_whatever_validates_is_a_measure(kind: str, support: str, clip_level: st
         ({"inputs": "hidden"}, "inputs", "'hidden'", ", ".join(INPUTS)),
         (FULL | {"inputs": "logits"}, "inputs", "'logits'", "hidden_states with divergence.support=full"),
         ({"aggregation": "sum"}, "aggregation", "'sum'", "seq-mean-token-mean, token-mean"),
+        ({"skip_tokens": -1}, "skip_tokens", "-1", "a number from 0"),
     ],
     ids=str,
 )
@@ -145,6 +146,38 @@ def test_a_teacher_that_cannot_be_is_refused_with_key_value_and_what_is_allowed(
 )
 def test_a_combination_that_can_be_is_accepted(values: dict[str, Any]) -> None:
     distill_config(values)
+
+
+@pytest.mark.parametrize("other", [{"coefficient": 0.5}, {"carrier": "advantage"}], ids=str)
+def test_tokens_are_skipped_only_where_the_distillation_loss_is_alone(other: dict[str, Any]) -> None:
+    skip = {"divergence": {"skip_tokens": 3}}
+    distill_config(skip)
+    distill_config(other)
+    distill_config(skip | {"coefficient": 0.0})  # nothing is distilled
+    message = refused(skip | other)
+    assert message.startswith("distill.divergence.skip_tokens is 3; allowed: 0, or a number with coefficient=1 and ")
+
+
+@pytest.mark.parametrize("kind", ["sibling", "reference"])
+def test_the_teacher_s_prompt_may_have_template_arguments_of_its_own(kind: str) -> None:
+    block = {"kind": kind, "template_kwargs": {"enable_thinking": True}}
+    assert distill_config({"context": block}).context.template_kwargs == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("block", "allowed"),
+    [
+        ({"kind": "none", "template_kwargs": {"a": 1}}, "empty with kind=none"),
+        ({"kind": "revision", "template_kwargs": {"a": 1}}, "empty with kind=revision"),
+        ({"template_kwargs": {"tokenize": False}}, "no tokenize"),
+        ({"template_kwargs": {"a": 1, "add_generation_prompt": False}}, "no add_generation_prompt"),
+    ],
+    ids=str,
+)
+def test_template_arguments_that_cannot_be_are_refused(block: dict[str, Any], allowed: str) -> None:
+    message = refused({"teacher": {"kind": "frozen"}, "context": block})
+    assert message.startswith(f"distill.context.template_kwargs is {block['template_kwargs']!r}; allowed: {allowed}")
+    distill_config({"teacher": {"kind": "frozen"}, "context": block | {"template_kwargs": {}}})
 
 
 def test_the_limit_of_skipped_steps_is_not_negative() -> None:

@@ -15,7 +15,17 @@ from verl.utils import tensordict_utils as tu
 
 from verl_ext.chunks import Head
 from verl_ext.config import distill_config
-from verl_ext.loss import RECORDED, ROWS, TOKENS, WEIGHT, Loss, aggregate, row_statistics, truncated_ratio
+from verl_ext.loss import (
+    RECORDED,
+    ROWS,
+    TOKENS,
+    WEIGHT,
+    Loss,
+    aggregate,
+    row_statistics,
+    truncated_ratio,
+    without_first,
+)
 from verl_ext.packing import to_jagged
 from verl_ext.passes import ROW_ID, TeacherPass
 from verl_ext.row_store import STORE
@@ -106,6 +116,47 @@ def test_a_micro_batch_without_any_weight_is_zero_and_keeps_its_graph(mode: str)
 def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'sum'.*seq-mean-token-mean, token-mean"):
         aggregate(*batch(), mode="sum", rows=1, tokens=1)
+
+
+# -------------------------------------------------------------------------------------------- tokens that are skipped
+
+
+def test_the_first_tokens_of_every_response_leave_the_mask_and_no_others() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1]])
+    before = mask.clone()
+    assert without_first(mask, 2).tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
+    assert torch.equal(without_first(mask, 0), mask) and not without_first(mask, 9).any()
+    assert without_first(torch.ones(3, dtype=torch.int64), 2).tolist() == [0, 0, 1]
+    assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None)
+@given(skip=st.integers(0, 6), cut=st.integers(1, 5), seed=st.integers(0, 50))
+def test_the_loss_without_the_first_tokens_is_that_of_the_shorter_responses(
+    mode: str, skip: int, cut: int, seed: int
+) -> None:
+    divergence, mask, weights = batch(seed)
+    lengths = [max(0, int(length) - skip) for length in mask.sum(1)]
+    expected = 0.0
+    for row, weight, length in zip(divergence.tolist(), weights.tolist(), lengths, strict=True):
+        if length:
+            total = weight * sum(row[skip : skip + length])
+            expected += total / (length * 6) if mode == "seq-mean-token-mean" else total / sum(lengths)
+    found = 0.0
+    for part in (slice(None, cut), slice(cut, None)):
+        width = max(1, int(mask[part].sum(1).max()))  # a micro-batch is padded to its own longest response
+        found += float(
+            aggregate(
+                divergence[part, :width],
+                without_first(mask[part, :width], skip),
+                weights[part],
+                mode=mode,
+                rows=6,
+                tokens=sum(lengths),
+            )
+        )
+    assert found == pytest.approx(expected, rel=1e-12, abs=0.0)
 
 
 # ------------------------------------------------------------------------------------------------- truncated ratios
@@ -246,6 +297,24 @@ def test_the_loss_is_the_weighted_aggregate_times_the_ranks_over_which_gradients
     expected = 4 * ((divergence * MASK).sum(1) / lengths * torch.tensor([2.0, 0.0, 0.5])).sum() / 8
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert metrics["distill/loss"].aggregate() == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("seq-mean-token-mean", 4 * 2.0 / 8), ("token-mean", 4 * 2.0 / 20)])
+def test_skipped_tokens_have_no_loss_and_no_gradient_but_stay_in_the_statistics(mode: str, expected: float) -> None:
+    data = micro_batch([2.0, 3.0, 0.5], dp_size=4)
+    whole, cut = model_output(data), model_output(data)
+    offsets = data["input_ids"].offsets()
+    values = cut["divergence"].values().clone().requires_grad_()
+    cut["divergence"] = torch.nested.nested_tensor_from_jagged(values, offsets)
+    _, reference = Loss(make_config(aggregation=mode), None)(model_output=whole, data=data)
+    loss, metrics = Loss(make_config(aggregation=mode, skip_tokens=2), None)(model_output=cut, data=data)
+    loss.backward()
+    # Only the first response is longer than two tokens; its third is predicted two before the end of the row.
+    third = int(offsets[1]) - 2
+    assert float(loss.detach()) == pytest.approx(expected * float(values[third].detach()), rel=1e-6)
+    assert values.grad.nonzero().flatten().tolist() == [third]
+    statistics = [name for name in metrics if name.startswith("rows/")]
+    assert statistics and all(metrics[name] == reference[name] for name in statistics)
 
 
 def test_the_hidden_states_call_returns_values_for_every_packed_token_and_log_probabilities_where_verl_needs_them() -> (

@@ -188,6 +188,18 @@ def test_several_texts_are_for_replay_only(config: DictConfig, tmp_path: Path) -
     check_questions(changed(config, context__kind="none", sequences__source="reference"))
 
 
+def test_pairs_that_are_replayed_need_the_teacher_s_texts(tmp_path: Path) -> None:
+    # Any text will do for the context, which is not what is looked at here.
+    context = "distill.context.reference_key=question_id"
+    config = compose_config(["method=pbsd", "teacher=frozen", "sequences=pairs_replayed", context])
+    config.data.train_files = write(tmp_path, ["1", "2"], ["1"], [], key="teacher_text")
+    assert "distill.sequences.reference_key=teacher_text: 1 of 3 training rows have no text" in refused(config)
+    # Drawn on the rollout servers, they need none.
+    check_questions(changed(copy.deepcopy(config), sequences__positive="teacher", teacher__kind="live"))
+    config.data.train_files = write(tmp_path, ["1", "2"], ["1"], ["3"], key="teacher_text")
+    check_questions(config)
+
+
 def test_the_second_stage_s_texts_are_looked_at_too(config: DictConfig, tmp_path: Path) -> None:
     config.data.train_files = write(tmp_path, "1", None, "2")
     changed(config, context__kind="none", teacher__kind="frozen")

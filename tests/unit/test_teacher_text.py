@@ -12,22 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
 from data_prep.schema import make_row, write_parquet
 from data_prep.tiny_world import write_data
 from recipe import teacher_text_data
 from recipe.compose import compose_config
-from recipe.sample_data import read_questions
+from recipe.sample_data import context_identity, read_questions, teacher_questions
 from recipe.sample_settings import sample_config
 from recipe.teacher_text import compose, main, run
 from recipe.teacher_text_data import FAULTS, LEFT_OUT, REASONS, check_sources, choose_texts
 from recipe.teacher_text_settings import text_config
-from verl_ext.config import ConfigError
+from verl_ext.config import ConfigError, distill_config
 from verl_ext.model_identity import model_identity
 from verl_ext.reference_text import reference_responses
 from verl_ext.sample_store import SampleStore, StoreError
-from verl_ext.sampling import plan_jobs, store_settings
+from verl_ext.sampling import SampleRequest, plan_jobs, store_settings
 from verl_ext.sampling_prompts import PromptBuilder
 from verl_ext.verification import Verifier
 
@@ -37,6 +38,7 @@ LAST_LINE = [
 ]
 WRONG = {"score": 0.0}
 CUT = {"truncated": True}
+PBSD = ["method=pbsd", "teacher=frozen", "sequences=pairs_replayed"]
 BROKEN = {"score": None, "acc": None, "status": "error", "error": "it broke"}
 
 
@@ -59,9 +61,12 @@ def draw(arguments: Sequence[str], sample: Callable[[int, int], dict[str, Any]])
     block = sample_config(config)
     settings = block.sampling(config.data.max_response_length)
     path = config.actor_rollout_ref.model.path
-    prompts = PromptBuilder(AutoTokenizer.from_pretrained(path))
-    requests = read_questions(config, block.split, block.limit)[0]
+    context = distill_config(config.distill).context
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(path), context.template_kwargs if block.context else None)
+    requests = asked(config)
     stored = store_settings(model_identity(path), settings, prompts, Verifier.from_config(config))
+    if block.context:
+        stored["context"] = context_identity(context)
     numbers = {request.question_id: i for i, request in enumerate(requests)}
     with SampleStore(block.out, stored) as store:
         for job in reversed(plan_jobs(requests, settings, prompts, store, None)):
@@ -69,6 +74,24 @@ def draw(arguments: Sequence[str], sample: Callable[[int, int], dict[str, Any]])
             row = {"question_id": name, "sample": i, "prompt": job.prompt, "status": "ok", "truncated": False}
             store.append(row | {"tokens": 10, "score": 1.0, "acc": 1.0, "text": f"t{i}"} | sample(numbers[name], i))
     return list(numbers)
+
+
+def asked(config: DictConfig) -> list[SampleRequest]:
+    """The questions as the model reads them."""
+    block = sample_config(config)
+    requests = read_questions(config, block.split, block.limit)[0]
+    if not block.context:
+        return requests
+    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    return teacher_questions(requests, distill_config(config.distill).context, tokenizer)[0]
+
+
+def drawn_prompts(arguments: Sequence[str]) -> list[list[int]]:
+    """Token ids of every question's prompt."""
+    config = compose(arguments)
+    kwargs = distill_config(config.distill).context.template_kwargs
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path), kwargs)
+    return [prompts(request.question_id, request.messages, None) for request in asked(config)]
 
 
 def mixed(question: int, sample: int) -> dict[str, Any]:
@@ -117,7 +140,7 @@ def test_help_names_presets_and_what_is_written(capsys: pytest.CaptureFixture[st
 def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cfg", "text.per_question=3"]) == 0
     text = capsys.readouterr().out
-    assert "split: train" in text and "key: teacher_text\n  per_question: 3\n" in text
+    assert "split: train" in text and "key: teacher_text\n  only_right: true\n  per_question: 3\n" in text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +151,7 @@ def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str
         (["text.key=7"], "text.key is 7; allowed: the name of a new field"),
         (["text.per_question=0"], "text.per_question is 0; allowed: a whole number from 1, or null for all"),
         (["text.per_question=true"], "text.per_question is True; allowed"),
+        (["text.only_right=3"], "text.only_right is 3; allowed: true, false"),
         (["text.name=x"], "text.name=x"),
         (["sample.split=test"], "sample.split is 'test'; allowed: train"),
         (["data.train_files=missing.parquet"], "data.train_files: missing.parquet does not exist"),
@@ -197,7 +221,8 @@ def test_rows_counts_and_manifest(source: Path, tmp_path: Path, capsys: pytest.C
     assert manifest["sources"] == [{"file": str(source), "rows": 8, "sha256": digest}]
     assert (manifest["store"]["key"], manifest["store"]["settings"]) == (store["key"], store["settings"])
     assert (manifest["success_threshold"], manifest["sampled"]) == (0.5, {"k": 8, "limit": None})
-    assert manifest["text"] == {"key": "teacher_text", "per_question": None}
+    assert manifest["text"] == {"key": "teacher_text", "only_right": True, "per_question": None}
+    assert manifest["context"] is None
     assert manifest["counts"] == {key: summary[key] for key in manifest["counts"]}
     assert sorted(contents(tmp_path / "out")) == ["manifest.json", "train.parquet"]
 
@@ -221,7 +246,8 @@ def test_fewer_questions_fewer_samples_another_key_and_fewer_texts(source: Path,
     assert (summary["texts"], summary["samples_beyond_per_question"], summary["mean"]) == (4, 6, 1.0)
     assert [row["texts"] for row in infos(tmp_path / "out" / "train.parquet")] == [["t0", "t1"]] * 2
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["text"] == {"key": "texts", "per_question": 2} and manifest["sampled"] == {"k": 5, "limit": 2}
+    assert manifest["text"] == {"key": "texts", "only_right": True, "per_question": 2}
+    assert manifest["sampled"] == {"k": 5, "limit": 2}
     assert names[2] in manifest["dropped"]["not_sampled"]
 
 
@@ -231,6 +257,46 @@ def test_the_threshold_is_that_of_training(source: Path, tmp_path: Path) -> None
     draw(arguments, lambda question, sample: {"score": 0.7 if sample < 2 else 0.69, "acc": 0.0})
     summary = run(compose(arguments))
     assert (summary["texts"], summary["samples_wrong"], summary["mean"]) == (16, 48, 0.25)
+
+
+def test_fair_samples_are_kept_right_or_wrong_and_as_often_as_drawn(source: Path, tmp_path: Path) -> None:
+    arguments = call(tmp_path, source, "text.only_right=false")
+    names = draw(arguments, mixed)
+    summary = run(compose(arguments))
+    written = {row["question_id"]: row["teacher_text"] for row in infos(tmp_path / "out" / "train.parquet")}
+    texts = [f"t{i}" for i in range(8)]
+    right = [" text 0\n", "t1", " text 0\n", "t3", " text 1\n", "t5", " text 1\n", "t7"]
+    expected = {0: texts[1:], 1: right, 3: texts[1:], 4: ["t0"], 5: ["t0"], 6: texts, 7: texts}
+    assert written == {names[i]: found for i, found in expected.items()}
+    assert {fault: summary[f"samples_{fault}"] for fault in LEFT_OUT} == {
+        **{"truncated": 10, "verifier_error": 0, "wrong": 0, "blank": 7, "special_token": 7},
+        **{"repeated": 0, "beyond_per_question": 0},
+    }
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["text"]["only_right"] is False and manifest["dropped"]["all_truncated"] == [names[2]]
+    # What the verifier says of them is told all the same.
+    assert summary["mean"] == pytest.approx((1 / 8 + 4 / 8 + 1 + 0 + 7 / 8 + 1 + 0 + 1) / 8, abs=1e-6)
+
+
+def test_the_teacher_reads_the_solution_and_a_question_without_one_is_not_sampled(source: Path, tmp_path: Path) -> None:
+    table = pq.read_table(source)
+    rows = table.to_pylist()
+    rows[2]["extra_info"]["solution"] = ""
+    own = tmp_path / "own.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), own)
+    arguments = call(tmp_path, own, *PBSD, "sample.context=true", "text.only_right=false", "sample.k=1")
+    # Drawn before the limit was lowered: the store has more questions than may be kept now.
+    names = draw([*arguments, "distill.context.max_length=512"], lambda question, sample: {})
+    with pytest.raises(ConfigError, match=r"too_long 7"):
+        run(compose([*arguments, "distill.context.max_length=9"]))
+    assert len(names) == 7
+    lengths = sorted(len(ids) for ids in drawn_prompts(arguments))
+    summary = run(compose([*arguments, f"distill.context.max_length={lengths[-1] - 1}"]))
+    longest = sum(length == lengths[-1] for length in lengths)
+    assert (summary["drawn"], summary["kept"], summary["dropped_not_sampled"]) == (0, 7 - longest, 1 + longest)
+    left_out = json.loads((tmp_path / "out" / "manifest.json").read_text())["context"]["left_out"]
+    assert left_out["without_reference"] == [rows[2]["extra_info"]["question_id"]]
+    assert len(left_out["too_long"]) == longest and left_out["special_token"] == []
 
 
 def test_several_files_and_rows_that_repeat_a_question(source: Path, tmp_path: Path) -> None:
