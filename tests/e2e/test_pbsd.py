@@ -55,3 +55,14 @@ def test_a_frozen_teacher_s_texts_are_replayed_beside_fresh_student_samples(runs
     (record,) = records(output)
     assert record["preference/pass_rate_positive"] == 1 and record["preference/pairs_trained"] > 0
     assert "preference/sampler_gap_positive" not in record and record["preference/sampler_gap_negative"] < 1e-4
+
+
+def test_the_frozen_teacher_of_an_adapter_is_sampled_and_scored_without_it(runs: Any, records: Any) -> None:
+    lora = ["adapter=lora", "teacher=frozen", "actor_rollout_ref.model.lora_rank=8"]
+    fast = ["actor_rollout_ref.actor.optim.lr=1e-2", "actor_rollout_ref.actor.optim.lr_warmup_steps=0"]
+    steps = records(runs("pbsd_lora", *PBSD, *lora, *fast, steps=2, replay=False)[1])
+    for record in steps:
+        assert record["preference/sampler_gap_positive"] < 1e-4
+        assert record["preference/sampler_gap_negative"] < 1e-4
+    assert steps[0]["fingerprint/base_0"] == steps[1]["fingerprint/base_0"]
+    assert steps[0]["fingerprint/adapter_0"] != steps[1]["fingerprint/adapter_0"]
