@@ -84,18 +84,27 @@ def _check_stores(config: DictConfig, folders: set[str]) -> None:
 def _check_references(config: DictConfig, blocks: list[DistillConfig]) -> None:
     for stage in blocks:
         sequences = stage.sequences
-        if sequences.source == "reference" or (sequences.source == "pairs" and sequences.positive == "reference"):
+        if sequences.replays:
             key = f"distill.sequences.reference_key={sequences.reference_key}"
             _check_texts(config, key, sequences.reference_key, lists=True)
         if stage.context.kind == "reference":
             key = f"distill.context.reference_key={stage.context.reference_key}"
             _check_texts(
-                config, key, stage.context.reference_key, lists=False, thinking_removed=stage.context.remove_thinking
+                config,
+                key,
+                stage.context.reference_key,
+                # Pairs are left out one by one and counted.
+                some_will_do=stage.pairs,
+                lists=False,
+                thinking_removed=stage.context.remove_thinking,
             )
 
 
-def _check_texts(config: DictConfig, setting: str, key: str, **options: bool) -> None:
-    """Every training question has its reference text, and no text spells a special token of the tokenizer."""
+def _check_texts(config: DictConfig, setting: str, key: str, *, some_will_do: bool = False, **options: bool) -> None:
+    """Every training question has its reference text, and no text spells a special token of the tokenizer.
+
+    ``some_will_do``: a single one with a text is enough.
+    """
     from transformers import AutoTokenizer
 
     rows = list(_training_rows(config))
@@ -109,7 +118,7 @@ def _check_texts(config: DictConfig, setting: str, key: str, **options: bool) ->
         missing = check_reference(infos, key, **options)
     except ValueError as error:
         raise ConfigError(f"{setting}: data.train_files: {error}") from error
-    if missing:
+    if missing and not (some_will_do and len(missing) < len(rows)):
         raise ConfigError(
             f"{setting}: {len(missing)} of {len(rows)} training rows have no text there: {places(missing)}. Leave them "
             "out of the file, or give another key"
@@ -119,7 +128,7 @@ def _check_texts(config: DictConfig, setting: str, key: str, **options: bool) ->
         model.get("tokenizer_path") or model.path, trust_remote_code=bool(model.get("trust_remote_code", False))
     )
     special = check_special_tokens(infos, key, tokenizer, **options)
-    if special:
+    if special and not (some_will_do and len(special) + len(missing) < len(rows)):
         raise ConfigError(
             f"{setting}: the text of {len(special)} training rows spells a special token of the tokenizer, which would "
             f"end a turn in the middle: {places(special)}; the first is {special[0][2]!r}"

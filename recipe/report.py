@@ -103,6 +103,9 @@ def render(
     )
 
 
+_RESPONSE = {"teacher": "Response, sampled by the teacher", "student": "Response, sampled by the student"}
+
+
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
     """One sampled completion as the template shows it."""
     prompt, response = _text(row.get("prompt")), _text(row.get("response"))
@@ -118,7 +121,7 @@ def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
         "demonstration": {True: "yes", False: "no"}.get(row.get("has_demonstration"), "–"),
         "texts": [
             ("Prompt", _shortened(prompt)),
-            ("Response", _shortened(response)),
+            (_RESPONSE.get(str(row.get("sampled_by")), "Response"), _shortened(response)),
             ("Teacher context", _shortened(context) if context else "none"),
         ],
     }

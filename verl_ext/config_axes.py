@@ -54,6 +54,11 @@ class SequencesConfig:
     reference_key: str = "solution"
     positive: str = "teacher"
 
+    @property
+    def replays(self) -> bool:
+        """Whether texts under ``reference_key`` are needed."""
+        return self.source == "reference" or (self.source == "pairs" and self.positive == "reference")
+
     def validate(self) -> None:
         one_of("sequences.source", self.source, SOURCES)
         one_of("sequences.positive", self.positive, POSITIVES)

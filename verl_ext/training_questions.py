@@ -130,7 +130,7 @@ class TrainingQuestions:
 
     def _choose(self, stage: DistillConfig) -> None:
         stored = isinstance(self.weigher, StoredWeigher)
-        replayed = stage.enabled and stage.sequences.source == "reference"
+        replayed = stage.enabled and stage.sequences.replays
         if not self._choosing:
             return
         kept, self.dropped = [], {}
@@ -228,4 +228,4 @@ class TrainingQuestions:
 
 def _chooses(stage: DistillConfig) -> bool:
     """Whether the stage leaves questions out."""
-    return stage.enabled and (stage.weighting.rates == "store" or stage.sequences.source == "reference")
+    return stage.enabled and (stage.weighting.rates == "store" or stage.sequences.replays)

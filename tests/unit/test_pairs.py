@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from verl_ext.loss import ROWS, TOKENS, WEIGHT, Loss
 from verl_ext.packing import to_jagged
 from verl_ext.pair_check import LIMIT, PAIRS, PairCheck, reason_without
 from verl_ext.pair_pass import COEFFICIENT, PREFIX, SIDE, PairPass
+from verl_ext.pair_step import PairStep
 from verl_ext.pairs import LEFT_OUT, NEGATIVE, NEITHER, POSITIVE, PairPlan, PairScores, plan_pairs, weigh_pairs
 from verl_ext.passes import ROW_ID, TeacherPass
 from verl_ext.preference import margins, pair_loss
@@ -405,3 +407,17 @@ def test_the_passes_of_a_step_with_pairs() -> None:
     assert block.teacher_states == "hidden_states"
     cheap = config(divergence={"kind": "sampled_token"})
     assert cheap.one_token and cheap.teacher_states == "log_probs" and not cheap.student_pass
+
+
+def test_a_step_without_any_pair_names_the_reasons() -> None:
+    warnings: list[str] = []
+    settings = OmegaConf.merge(rollout(response_length=8), {"run": {"steps": 3}})
+    step = PairStep(config(preference={"pair_filter": "correct_pos"}), settings, warnings.append)
+    assert warnings.pop().startswith("the self-check of the pairs is off")
+    rows = SimpleNamespace(
+        batch=batch({"a": [(0, 0.0), (1, 0.0)], "b": [(0, 1.0), (1, 0.0)]}, response_lengths=[5, 5, 8, 5])
+    )
+    plan = SimpleNamespace(distill_N=torch.ones(4, dtype=torch.bool), weights_N=torch.ones(4))
+    assert step.plan(rows, plan, 2).positive_P == []
+    (message,) = warnings
+    assert message == "step 2 makes no update: no pair trains; left out: {'cut': 1, 'filtered': 1}"

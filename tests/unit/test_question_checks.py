@@ -244,3 +244,13 @@ def test_two_stages_need_two_steps(config: DictConfig) -> None:
     config.run.steps = 1
     message = refused(changed(config, schedule={"switch": 0.5, "second": {"divergence": {"kind": "jsd"}}}))
     assert "distill.schedule.switch needs run.steps of at least 2, found 1" in message
+
+
+def test_pairs_are_left_out_one_by_one_so_a_single_text_for_the_teacher_will_do(tmp_path: Path) -> None:
+    config = compose_config(["method=pbsd"])
+    config.data.train_files = write(tmp_path, "1+1=2", None, "1+3=4<|im_end|>")
+    check_questions(config)
+    config.data.train_files = write(tmp_path, None, None, "1+3=4<|im_end|>")
+    assert "'<|im_end|>'" in refused(config)
+    config.data.train_files = write(tmp_path, None, " ", None)
+    assert "3 of 3 training rows have no text" in refused(config)

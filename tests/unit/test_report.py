@@ -289,3 +289,20 @@ def test_configuration_is_shown_as_it_was_written(tmp_path: Path) -> None:
     written = yaml.safe_load(files.config_path.read_text())
     assert written["actor_rollout_ref"]["rollout"]["n"] == ROLLOUTS
     assert "temperature: 1.0" in page_of(files)
+
+
+def test_pairs_have_charts_of_their_own_and_say_who_wrote_a_response(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "run", tensorboard=False)
+    sides = {
+        f"preference/{name}_{side}": 0.5 for name in ("log_ratio", "pass_rate") for side in ("positive", "negative")
+    }
+    margins = {"preference/margin": -1.0, "preference/margin_expected": -1.1}
+    for step in (1, 2):
+        files.append_metrics(step, {"distill/loss": 0.9, "preference/accuracy": 0.2, **margins, **sides})
+    row = {"step": 1, "question_id": "q", "prompt": "p", "response": "r", "reward": 1.0}
+    files.append_completions([row | {"sampled_by": name} for name in ("teacher", "student")] + [row])
+    page = page_of(files)
+    for title in ("Preference margin", "Student against teacher", "Preference accuracy", "Right samples"):
+        assert f"<h3>{title}</h3>" in page
+    assert "log 2 = 0.693" in page
+    assert page.count("Response, sampled by the teacher") == page.count("Response, sampled by the student") == 1
