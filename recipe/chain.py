@@ -22,7 +22,8 @@ from recipe.chain_settings import ChainConfig, chain_config
 from recipe.cluster import prepare_environment, ray_cluster
 from recipe.console_format import format_seconds
 from recipe.output_folder import check_writable, unused_folder
-from recipe.run_files import RunFiles, write_atomically
+from recipe.run_files import RunFiles
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.question_data import file_list
 from verl_ext.sample_store import differences, read_store

@@ -121,6 +121,12 @@ def check(config: DictConfig) -> None:
         if stage.enabled:
             _check_distillation(config, stage)
             check_pairs(config, stage)
+    for key in ("max_actor_ckpt_to_keep", "remove_previous_ckpt_in_save"):
+        if config.trainer.get(key):
+            raise ConfigError(
+                f"trainer.{key} is {config.trainer[key]}; allowed: not set, because verl forgets what it saved "
+                "before a resume and leaves our files behind; set run.keep_checkpoints"
+            )
     missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith(("critic", "reward.reward_model"))]
     if missing:
         raise ConfigError(f"{sorted(missing)[0]} has no value")

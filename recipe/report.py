@@ -23,7 +23,8 @@ from markupsafe import Markup
 
 from recipe import report_content
 from recipe.console_format import clean_line
-from recipe.run_files import RunFileError, as_number, read_json_lines, read_metric_records, write_atomically
+from recipe.run_files import RunFileError, as_number, read_json_lines, read_metric_records
+from verl_ext.atomic import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_COMPLETIONS = 48

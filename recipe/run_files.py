@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from verl_ext.atomic import write_atomically
+
 if TYPE_CHECKING:
     import pandas
 
@@ -78,17 +80,6 @@ def as_number(value: Any) -> float | None:
         return float(plain)
     except OverflowError:
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a run killed half way, sees the old text or the new one, never a mix."""
-    temporary = path.with_name(path.name + ".tmp")
-    # A model may emit half of a surrogate pair, which has no UTF-8 form: a question mark is better than a lost file.
-    with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

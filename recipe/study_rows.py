@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe.console_format import format_seconds
-from recipe.run_files import RunFiles, as_number, to_plain, write_atomically
+from recipe.run_files import RunFiles, as_number, to_plain
 from recipe.study_file import Study, StudyRun
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 PATHS = ("report", "stages")  # of a summary: they hold paths

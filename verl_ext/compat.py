@@ -127,6 +127,23 @@ def saving_only(manager: Any, contents: list[str]) -> Iterator[None]:
         manager.previous_saved_paths = kept
 
 
+@contextmanager
+def saving_into(trainer: Any, folder: str) -> Iterator[Any]:
+    """verl saves into ``trainer.default_local_dir``, where it also writes its tracker in place; inside, into ``folder``.
+
+    Yields the user's checkpoint callback, which verl would call too early: there is none inside.
+    """
+    from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+
+    block, callback = trainer.config.trainer, trainer.checkpoint_callback
+    before = block.default_local_dir
+    block.default_local_dir, trainer.checkpoint_callback = folder, CheckpointCallback(trainer.config)
+    try:
+        yield callback
+    finally:
+        block.default_local_dir, trainer.checkpoint_callback = before, callback
+
+
 def patch_for_cpu() -> None:
     """Applied by the plugin in every verl process of a machine without an accelerator. May be called again."""
     answer_for_vllm_version()

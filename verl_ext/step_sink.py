@@ -26,6 +26,9 @@ class StepSink(Protocol):
     def validated(self, seconds: float) -> None:
         """A validation took so long."""
 
+    def saved(self, step: int, size: int) -> None:
+        """The checkpoint of a step is complete; it has so many bytes."""
+
 
 class Tee:
     """verl's tracker and our sink."""
