@@ -1,8 +1,8 @@
 """What makes a checkpoint complete: the marker that is written into it last, and what it is held against.
 
-``complete.json`` names the step, the number of ranks and every file with its size and checksum (XXH3, 128 bits, over the
-whole file). It finds accidents (a save that was interrupted, a truncated, lost or changed file), whatever caused them. It
-is no signature: who can write the folder can write the marker too.
+``complete.json`` names the step, the number of ranks and every file with its size and checksum (XXH3, 128 bits, over
+the whole file). It finds accidents: a save that was cut off, a truncated, lost or changed file. It is no signature: who
+can write the folder can write the marker too.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = {key: raw[key] for key in ("step", "world_size", "files")}
         whole = raw["format"] == FORMAT and raw["checksum"] == _own(body) and set(raw) == {"format", "checksum", *body}
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{MARKER} is missing: its save was not finished, or it is older than this marker"
-        ) from None
+        raise CheckpointError(f"{MARKER} is missing: the save was cut off, or is older than this marker") from None
     except OSError as error:
         raise CheckpointError(f"{MARKER} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

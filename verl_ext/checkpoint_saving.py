@@ -1,7 +1,7 @@
 """How a checkpoint comes into being: in a folder of its own, files first, the marker last, then one rename.
 
-A save that is cut off leaves ``.partial``, which nothing reads and the next save removes; every folder ``global_step_N``
-was whole when it got its name.
+A save that is cut off leaves ``.partial``, which nothing reads and the next save removes; every folder
+``global_step_N`` was whole when it got its name.
 """
 
 from __future__ import annotations

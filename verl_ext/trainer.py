@@ -500,9 +500,8 @@ class DistillTrainer(QuestionTrainer):
             self.questions.save(saved)
             trainer_state.save(saved, self._state())
             super()._save_checkpoint()
-            manifest = complete(
-                checkpoints, folder, self.global_steps, self.actor_rollout_wg.seal_checkpoint(str(saved))
-            )
+            ranks = self.actor_rollout_wg.seal_checkpoint(str(saved))
+            manifest = complete(checkpoints, folder, self.global_steps, ranks)
         # Now that it has its name and its marker; verl would call it before.
         callback.on_save(
             trainer=self, global_step=self.global_steps, checkpoint_dir=str(self._checkpoint), async_save=False
