@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import xxhash
 
@@ -83,12 +82,16 @@ def seal_files(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Makes the checkpoint complete. Everything else must be on the disk by then."""
-    files = {name: list(manifest.files[name]) for name in sorted(manifest.files)}
-    body = {"step": manifest.step, "world_size": manifest.world_size, "files": files}
     for part in sorted({(folder / name).parent for name in manifest.files} | {folder}):
         sync_folder(part)
-    write_atomically(folder / MARKER, json.dumps({"format": FORMAT, **body, "checksum": _own(body)}, indent=1) + "\n")
+    write_atomically(folder / MARKER, _text(manifest))
     sync_folder(folder)
+
+
+def _text(manifest: Manifest) -> str:
+    files = {name: list(manifest.files[name]) for name in sorted(manifest.files)}
+    body = {"format": FORMAT, "step": manifest.step, "world_size": manifest.world_size, "files": files}
+    return json.dumps(body | {"checksum": xxhash.xxh3_128_hexdigest(json.dumps(body).encode())}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -97,26 +100,26 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to another step.
     """
-    path = folder / MARKER
     try:
-        raw = json.loads(path.read_bytes())
-        body = {key: raw[key] for key in ("step", "world_size", "files")}
-        whole = raw["format"] == FORMAT and raw["checksum"] == _own(body) and set(raw) == {"format", "checksum", *body}
+        data = (folder / MARKER).read_bytes()
+        raw = json.loads(data)
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in raw["files"].items()}
+        manifest = Manifest(int(raw["step"]), int(raw["world_size"]), files)
     except FileNotFoundError:
         raise CheckpointError(f"{MARKER} is missing: the save was cut off, or is older than this marker") from None
     except OSError as error:
         raise CheckpointError(f"{MARKER} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MARKER} is damaged ({type(error).__name__})") from None
-    if not whole:
-        raise CheckpointError(f"{MARKER} is damaged: its own checksum does not fit")
-    if folder.name != f"global_step_{body['step']}":
-        raise CheckpointError(f"{MARKER} is that of step {body['step']}")
-    files = {name: (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
+    # Byte for byte: the file holds nothing but what was read from it, and its own checksum.
+    if data != _text(manifest).encode():
+        raise CheckpointError(f"{MARKER} is damaged, or of another format than {FORMAT}: its own checksum does not fit")
+    if folder.name != f"global_step_{manifest.step}":
+        raise CheckpointError(f"{MARKER} is that of step {manifest.step}")
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
             raise CheckpointError(f"{MARKER} names {name!r}, a file outside of the checkpoint")
-    return Manifest(body["step"], body["world_size"], files)
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest, *, full: bool = True) -> None:
@@ -151,7 +154,3 @@ def _check_contents(folder: Path, manifest: Manifest) -> None:
     for name, digest in zip(names, digests, strict=True):
         if digest != manifest.files[name][1]:
             raise CheckpointError(f"{name} has changed since it was written: its checksum does not fit")
-
-
-def _own(body: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
