@@ -113,7 +113,7 @@ class _Sink:
 
         removed = remove_old(Path(self.config.trainer.default_local_dir), run.keep_checkpoints, best)
         gone = f"; removed: {', '.join(map(str, removed))}" if removed else ""
-        self.console.note(f"checkpoint of step {step} saved ({size / 1e9:.3g} GB){gone}")
+        self.console.log(f"checkpoint of step {step} saved ({size / 1e9:.3g} GB){gone}")
 
 
 def step_record(values: dict[str, Any]) -> dict[str, Any]:
