@@ -305,6 +305,7 @@ STAGE: dict[str, Callable[[DictConfig, Path, Mapping[str, Any]], dict[str, Any]]
 def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Writes the run's files: one line of metrics for each evaluated model, in the order of the stages."""
     from recipe.report import build_report
+    from recipe.train import write_changes
 
     evaluated = record.get("evaluate", {}).get("summary", {})
     metric = f"val/mean@{config.run.val_samples}"
@@ -330,6 +331,7 @@ def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], second
         for step, (name, metrics) in enumerate(evaluated.items()):
             files.append_metrics(step, {"stage": name, **metrics})
         files.write_summary(summary)
+        write_changes(files, config)
         if evaluated:
             summary["report"] = str(build_report(folder))
             files.write_summary(summary)

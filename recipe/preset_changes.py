@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -83,19 +83,3 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{path}.{key}")
     else:
         yield path, value
-
-
-def texts(changes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, bool]]:
-    """Changes as they are shown: key, value of the presets, value of the run, set by the user; what was set first."""
-    ordered = sorted(changes, key=lambda change: not change.get("set"))
-    return [
-        (str(one.get("key")), _text(one.get("preset")), _text(one.get("run")), bool(one.get("set"))) for one in ordered
-    ]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
 from recipe.compose import compose_config
-from recipe.preset_changes import ABSENT, chooses_preset, key_of, leaves, preset_changes, texts
+from recipe.preset_changes import ABSENT, chooses_preset, key_of, leaves, preset_changes
+from recipe.report_changes import changes_view
+from recipe.run_files import RunFileError, RunFiles
 from verl_ext.config import ConfigError
 
 WORDS = ["method=sdpo", "model=tiny", "run.steps=7", "data.train_batch_size=8", "+trainer.note=x"]
@@ -28,11 +32,17 @@ def test_a_run_is_compared_with_the_presets_it_chose(found: dict) -> None:
     assert "run.overrides" not in changes and not any(key.startswith("distill.") for key in changes)
 
 
-def test_what_the_user_set_is_shown_first(found: dict) -> None:
-    shown = texts(found["changes"])
-    assert [one[3] for one in shown] == sorted((one[3] for one in shown), reverse=True)
-    assert ("run.steps", "40", "7", True) in shown
-    assert texts([{"key": "a", "preset": None, "run": True, "set": False}]) == [("a", "null", "true", False)]
+def test_the_page_tells_what_was_set_from_what_follows(found: dict, tmp_path: Path) -> None:
+    files = RunFiles(tmp_path, tensorboard=False)
+    shown = changes_view(files.write_changes(found))
+    assert shown.presets == found["presets"] and ("run.steps", "40", "7") in shown.own
+    assert ("trainer.total_training_steps", "40", "7") in shown.following and not shown.error
+    odd = {"key": "a", "preset": None, "run": True, "set": True}
+    assert changes_view(files.write_changes({"presets": [], "changes": [odd]})).own == [("a", "null", "true")]
+    assert changes_view(files.write_changes({"error": "gone"})).error == "gone"
+    assert "written when a run ends" in changes_view(tmp_path / "nowhere.json").error
+    with pytest.raises(RunFileError, match='changes.json: expected "presets" and "changes"'):
+        changes_view(files.write_changes({"changes": 3}))
 
 
 def test_words_are_told_apart() -> None:
