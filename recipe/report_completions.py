@@ -17,7 +17,6 @@ from markupsafe import escape
 
 from recipe.alarm_looks import Record
 from recipe.console_format import clean_line
-from recipe.run_files import as_number
 
 MAX_ROWS = 200
 TEXT_LIMITS = (6000, 3000, 1500, 700)  # characters of a text; the first with which all rows fit the budget
@@ -78,8 +77,13 @@ def completions_view(rows: Sequence[Record], limit: int = MAX_ROWS, budget: int 
     while True:
         chosen = choose_completions(rows, limit)
         for length in TEXT_LIMITS:
-            views = [_view(row, length, scale) for row in chosen]
-            if sum(map(_size, views)) <= budget:
+            views, left = [], budget
+            for row in chosen:
+                views.append(_view(row, length, scale))
+                left -= _size(views[-1])
+                if left < 0:
+                    break
+            else:
                 return CompletionsView(views, len(rows), _legend(scale, views))
         limit //= 2
 
@@ -99,7 +103,7 @@ def choose_completions(rows: Sequence[Record], limit: int) -> list[Record]:
 
 def divergence_scale(rows: Iterable[Record]) -> float:
     """The divergence, in nats, that has the strongest colour in all rows of a run; 0 where none was recorded."""
-    sizes = sorted(abs(value) for row in rows for one in row.get("divergence") or () if (value := as_number(one)))
+    sizes = sorted(abs(value) for row in rows for value in _numbers(row.get("divergence")) if value)
     return sizes[min(len(sizes) - 1, int(SCALE_AT * len(sizes)))] if sizes else 0.0
 
 
@@ -123,8 +127,8 @@ def _legend(scale: float, views: Sequence[CompletionView]) -> list[tuple[str, st
 def _view(row: Record, limit: int, scale: float) -> CompletionView:
     prompt, response, context = (_text(row.get(key)) for key in ("prompt", "response", "teacher_context"))
     tokens = _tokens(row, limit, scale)
-    reward, rate, weight = (as_number(row.get(key)) for key in ("reward", "pass_rate", "weight"))
-    divergences = [value for one in row.get("divergence") or () if (value := as_number(one)) is not None]
+    reward, rate, weight = (_number(row.get(key)) for key in ("reward", "pass_rate", "weight"))
+    divergences = _numbers(row.get("divergence"))
     mean = math.fsum(divergences) / len(divergences) if divergences else None
     length = len(row["tokens"]) if isinstance(row.get("tokens"), list) else None
     demonstration = {True: "yes", False: "no"}.get(row.get("has_demonstration"), "–")
@@ -139,7 +143,7 @@ def _view(row: Record, limit: int, scale: float) -> CompletionView:
         preview=" ".join(prompt[-400:].split())[-110:],
         question=_text(row.get("question_id")),
         cells={
-            "step": str(step),
+            "step": _visible(str(step)),
             "reward": _figure(reward),
             "p̂": _figure(rate),
             "weight": _figure(weight),
@@ -148,7 +152,7 @@ def _view(row: Record, limit: int, scale: float) -> CompletionView:
             "demo": demonstration,
         },
         data={
-            "step": _plain(as_number(step)),
+            "step": _plain(_number(step)),
             "reward": _plain(reward),
             "rate": _plain(rate),
             "weight": _plain(weight),
@@ -174,7 +178,7 @@ def _tokens(row: Record, limit: int, scale: float) -> TokenView | None:
         room -= len(shown)
         if pieces and (room < 0 or len(pieces) == MAX_TOKENS):
             break
-        pieces.append((shown[:limit], as_number(value)))
+        pieces.append((shown[:limit], _number(value)))
     largest = sorted((one for one in pieces if one[1]), key=lambda one: -abs(one[1]))[:TOP_TOKENS]
     return TokenView(
         text="".join(text for text, _ in pieces),
@@ -182,7 +186,7 @@ def _tokens(row: Record, limit: int, scale: float) -> TokenView | None:
         levels="".join(level_of(value, scale) for _, value in pieces),
         nats=",".join("" if value is None else f"{value:.3g}" for _, value in pieces),
         left_out=len(texts) - len(pieces),
-        top=[(json.dumps(text, ensure_ascii=False), f"{value:.3g}") for text, value in largest],
+        top=[(text.replace("\n", "⏎") or "(part of a character)", f"{value:.3g}") for text, value in largest],
     )
 
 
@@ -194,6 +198,16 @@ def _size(view: CompletionView) -> int:
         texts.append(view.tokens.text)
         numbers += len(view.tokens.lengths) + len(view.tokens.levels) + len(view.tokens.nats)
     return numbers + sum(len(str(escape(text)).encode("utf-8", errors="replace")) for text in texts)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of a JSON file, or None; quicker than one that takes tensors, for there are many tokens."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def _numbers(values: Any) -> list[float]:
+    return [number for one in values if (number := _number(one)) is not None] if isinstance(values, list) else []
 
 
 def _figure(number: float | None) -> str:

@@ -108,22 +108,6 @@ def _questions(columns: Columns) -> list[Chart | None]:
             include=(0.0,),
             help="After normalising over the batch; one question with a large weight decides the step.",
         ),
-        line_chart(
-            "Rows with a demonstration",
-            columns.steps,
-            [
-                series
-                for series in (
-                    Series("demonstration", columns.ratio("context/with_demonstration", "context/rows"), 2),
-                    Series("reference", columns.ratio("context/with_reference", "context/rows"), 5),
-                    Series("any context", columns.ratio("context/distilled", "context/rows"), 0, dashed=True),
-                )
-                if any(value is not None for value in series.values)
-            ],
-            fmt=percent,
-            include=(0.0, 1.0),
-            help="Without a context a row carries no distillation loss.",
-        ),
     ]
 
 
@@ -139,7 +123,7 @@ def _text(columns: Columns) -> list[Chart | None]:
             "Responses cut",
             ("responses cut", "response/truncated", 1),
             fmt=percent,
-            include=(0.0,),
+            include=(0.0, 0.1),
             help="Share that reached data.max_response_length; a cut answer counts as wrong.",
         ),
         columns.chart(

@@ -33,7 +33,7 @@
     var rest = rows.filter(function (row) { return row.dataset[sort] === ''; });
     known.sort(function (a, b) {
       var x = a.dataset[sort], y = b.dataset[sort];
-      var difference = isNaN(x) || isNaN(y) ? (x < y ? -1 : x > y ? 1 : 0) : x - y;
+      var difference = sort === 'demo' ? (x < y ? -1 : x > y ? 1 : 0) : x - y;
       return (down ? -difference : difference) || a.dataset.order - b.dataset.order;
     });
     known.concat(rest).forEach(function (row) { table.appendChild(row); });

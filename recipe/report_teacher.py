@@ -22,11 +22,33 @@ def teacher_charts(columns: Columns, completions: Sequence[Record]) -> list[Char
         columns.chart(
             "Teacher gap",
             ("right answers", "teacher/gap", 5),
-            ("wrong answers", "teacher/gap_wrong", 7),
             include=(0.0,),
             y_label="nats a token",
-            help="Log-probability under the teacher minus under the student, median over rows. Above 0 on right "
-            "answers the context helps, near 0 it teaches nothing.",
+            help="Right answers: log-probability under the teacher's context minus without it, median. Above 0 the "
+            "context helps, near 0 it teaches nothing.",
+        ),
+        columns.chart(
+            "Teacher gap on wrong answers",
+            ("wrong answers", "teacher/gap_wrong", 1),
+            include=(0.0,),
+            y_label="nats a token",
+            help="The same on wrong answers: how far below 0 the teacher objects to them.",
+        ),
+        line_chart(
+            "Rows with a demonstration",
+            columns.steps,
+            [
+                series
+                for series in (
+                    Series("demonstration", columns.ratio("context/with_demonstration", "context/rows"), 2),
+                    Series("reference", columns.ratio("context/with_reference", "context/rows"), 5),
+                    Series("any context", columns.ratio("context/distilled", "context/rows"), 0, dashed=True),
+                )
+                if any(value is not None for value in series.values)
+            ],
+            fmt=percent,
+            include=(0.0, 1.0),
+            help="Without a context a row carries no distillation loss.",
         ),
         by_pass_rate(
             "Gap by pass rate",
