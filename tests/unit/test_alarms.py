@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipe.alarms import ALARM, CHECKS, NOT_MEASURED, QUIET, Check, alarms, check_run, steps_text
 from recipe.leaks import PRIVILEGED, Leak, leaks, template_phrases, words
+from recipe.run_files import RunFiles
+from recipe.train import alarm_lines
 from verl_ext.config import ContextConfig
 
 STEPS = 20
@@ -122,6 +126,17 @@ def test_alarms_come_first_and_name_the_worst_value() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- leaks
+
+
+def test_the_terminal_gets_a_line_for_each_alarm(tmp_path: Path) -> None:
+    with RunFiles(tmp_path, tensorboard=False) as files:
+        files.append_metrics(1, {"verifier/errors": 2})
+        files.append_completions(completions({11: ["the reference solution"] * 9}))
+        lines = alarm_lines(files, OmegaConf.create(SIBLING))
+    assert [line.split(" (")[0] for line in lines] == [
+        "alarm: the student writes the teacher's words",
+        "alarm: the verifier failed",
+    ]
 
 
 def completions(texts: Mapping[int, Sequence[str]], prompt: str = "How much is 2 + 4?") -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from recipe.compose import compose_config
 from recipe.preset_changes import ABSENT, chooses_preset, key_of, leaves, preset_changes
 from recipe.report_changes import changes_view
 from recipe.run_files import RunFileError, RunFiles
+from recipe.train import write_changes
 from verl_ext.config import ConfigError
 
 WORDS = ["method=sdpo", "model=tiny", "run.steps=7", "data.train_batch_size=8", "+trainer.note=x"]
@@ -56,7 +57,11 @@ def test_values_without_a_value_are_told_as_they_are_written() -> None:
     assert leaves(config) == {"a.b": "???", "a.c": "${a.b}", "a.d": [1, 2], "a.e": [1, 2], "f": {}}
 
 
-def test_a_preset_that_is_gone_is_named() -> None:
+def test_a_preset_that_is_gone_is_named(tmp_path: Path) -> None:
     config = OmegaConf.create({"run": {"overrides": ["method=gone"]}})
     with pytest.raises(ConfigError, match="method=gone does not exist"):
         preset_changes(config)
+    # A run that has ended is not lost for it.
+    with RunFiles(tmp_path, tensorboard=False) as files:
+        write_changes(files, config)
+    assert "method=gone does not exist" in changes_view(tmp_path / "changes.json").error
