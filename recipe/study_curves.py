@@ -23,7 +23,7 @@ Curve = dict[int, list[float]]
 
 
 def curves(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Curve]:
-    """mean@k of the finished runs by entry and step; entries that were validated at fewer than two steps are left out."""
+    """mean@k of the finished runs by entry and step; an entry with fewer than three steps has no curve."""
     found: dict[str, Curve] = {}
     for entry in study.entries:
         curve: Curve = {}
@@ -32,13 +32,13 @@ def curves(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Cur
             for step, values in row["curve"].items():
                 if (value := as_number(values.get(metric))) is not None:
                     curve.setdefault(int(step), []).append(value)
-        if len(curve) > 1:
+        if len(curve) > 2:
             found[entry] = dict(sorted(curve.items()))
     return found
 
 
 def curves_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The picture; None where no entry was validated at two steps, or the entries' steps are not the same.
+    """The picture; None where no entry has a curve, or the entries' steps are not the same.
 
     The steps of a method of several stages are its stages: there is nothing to put beside other methods' steps.
     """
