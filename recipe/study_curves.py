@@ -23,11 +23,16 @@ Curve = dict[int, list[float]]
 
 
 def curves(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Curve]:
-    """mean@k of the finished runs by entry and step; an entry with fewer than three steps has no curve."""
+    """mean@k of the finished runs by entry and step; an entry with fewer than three steps has no curve.
+
+    Nor has a method of several stages: its steps are the stages.
+    """
     found: dict[str, Curve] = {}
     for entry in study.entries:
         curve: Curve = {}
         for row in rows_of(study, rows, entry):
+            if "stage" in row["final"]:
+                continue
             metric = str(row["summary"]["metric"]).removeprefix("val/")
             for step, values in row["curve"].items():
                 if (value := as_number(values.get(metric))) is not None:
@@ -38,10 +43,7 @@ def curves(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Cur
 
 
 def curves_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The picture; None where no entry has a curve, or the entries' steps are not the same.
-
-    The steps of a method of several stages are its stages: there is nothing to put beside other methods' steps.
-    """
+    """The picture; None where no entry has a curve, or they end at different steps."""
     found = curves(study, rows)
     if not found or len({max(curve) for curve in found.values()}) > 1:
         return None

@@ -166,10 +166,12 @@ def test_learning_curves_show_mean_and_range_and_need_common_steps(study: Study)
     heights = [float(point.split(",")[1]) for point in drawing.find(f"{SHAPE}polyline").get("points").split()]
     assert heights == sorted(heights, reverse=True), "accuracy rises, so the line goes up"
     assert "new (3 seeds)" in [text.text for text in drawing.findall(f"{SHAPE}text")]
+    longer = {name: finished(name, one["entry"], 0, 0.1, (0, 1, 2) if one["entry"] == "old" else (0, 20, 40))
+              for name, one in rows.items()}  # fmt: skip
+    assert curves_svg(study, longer) is None and curves_svg(study, {}) is None
     # Stages of a chain are no steps.
-    chained = {name: finished(name, one["entry"], 0, 0.1, (0, 1, 2) if one["entry"] == "old" else (0, 20, 40))
-               for name, one in rows.items()}  # fmt: skip
-    assert curves_svg(study, chained) is None and curves_svg(study, {}) is None
+    staged = {name: {**one, "final": {**one["final"], "stage": "distil"}} for name, one in rows.items()}
+    assert curves(study, staged) == {}
     short = {name: finished(name, one["entry"], 0, 0.1, (0, 40)) for name, one in rows.items()}
     assert curves_svg(study, short) is None, "two points are no curve"
 
