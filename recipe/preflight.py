@@ -13,6 +13,7 @@ from recipe.adapter_checks import check_targets
 from recipe.question_checks import check_questions
 from recipe.revision_checks import check_revision, resolve_phrases
 from verl_ext.config import ConfigError, distill_config
+from verl_ext.logger_names import extra_loggers
 from verl_ext.question_data import file_list
 from verl_ext.stages import stages
 from verl_ext.verifier_config import VerifierConfig, check_function, verifier_config
@@ -32,6 +33,7 @@ def preflight(config: DictConfig) -> None:
     Writes into ``config`` what depends on the model: the phrases of the context "revision".
     """
     resolve_phrases(config)
+    check_loggers(config)
     check_attention(config)
     check_function(verifier_config(config.verifier))
     positions = check_model(config)
@@ -93,6 +95,16 @@ def check_parquet(path: Path, key: str) -> None:
         for name in ("question_id", "index"):
             if not isinstance(extra, dict) or extra.get(name) in (None, ""):
                 raise ConfigError(f"{key}: {path}, row {row}: extra_info.{name} is missing")
+
+
+def check_loggers(config: DictConfig) -> None:
+    """The loggers that are asked for exist here, and none is asked for what it would not get."""
+    extra_loggers(config.trainer.logger)
+    if config.trainer.log_val_generations:
+        raise ConfigError(
+            f"trainer.log_val_generations is {config.trainer.log_val_generations}; allowed: 0. Completions are in "
+            "completions.jsonl and the report (distill.samples.*), not in loggers"
+        )
 
 
 def check_attention(config: DictConfig) -> None:

@@ -20,6 +20,7 @@ from recipe.preflight import preflight
 from recipe.report import build_report
 from recipe.run_files import RunFiles
 from verl_ext.config import ConfigError
+from verl_ext.loggers import Loggers, running_loggers
 from verl_ext.sample_store import StoreError
 
 HELP = """Train a model by pass-rate-weighted on-policy self-distillation, on verl.
@@ -47,12 +48,13 @@ Options:
 
 
 class _Sink:
-    """Takes the trainer's metrics to the run's files and the terminal."""
+    """Takes the trainer's metrics to the run's files, the terminal and the loggers."""
 
     def __init__(self, files: RunFiles, console: RunConsole, started: float, resume_step: int) -> None:
         self.files, self.console, self.started = files, console, started
         self.first_step = resume_step + 1
         self.seconds_to_first_step: float | None = None
+        self.loggers = Loggers()
         self.validation_seconds = 0.0
         self.step_seconds: list[float] = []
         self._validation: float | None = None
@@ -86,7 +88,8 @@ class _Sink:
         if "time/validation" not in row and self._validation is not None:
             row["time/validation"] = self._validation
         self._validation = None
-        record = self.files.append_metrics(step, row)
+        record = self.files.append_metrics(step, row | self.loggers.counts())
+        self.loggers.log(step, record)
         if step >= self.first_step or "time/step" not in row:
             self.console.step_line(record)
 
@@ -170,7 +173,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             early = start(config)
             from verl_ext.session import run_session
 
-            run_session(config, sink, early, seed=config.run.seed)
+            with running_loggers(config, sink.warning) as sink.loggers:
+                run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         summary["report"] = str(build_report(output))

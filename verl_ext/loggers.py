@@ -7,7 +7,8 @@ distances, and counted, but it does not end the run. One that cannot start ends 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,72 +73,62 @@ class Logger:
 
 
 class Loggers:
-    """All of them; the interface that verl's trainer expects of its ``logger``."""
+    """All of them; none is fine."""
 
-    def __init__(self, loggers: list[Logger]) -> None:
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self._loggers = loggers
 
-    @property
-    def names(self) -> list[str]:
-        """As ``trainer.logger`` has them."""
-        return [one.name for one in self._loggers]
-
-    @property
-    def lost(self) -> int:
-        """Records that a logger did not take, over all of them."""
-        return sum(one.lost for one in self._loggers)
-
-    def log(self, data: Mapping[str, Any], step: int) -> None:
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
         """The numbers of a record to each logger; texts and lists, which most of them refuse, are left out."""
-        record = {key: number for key, value in data.items() if (number := _number(value)) is not None}
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
         for one in self._loggers:
-            one.log(record, step)
+            one.log(numbers, step)
 
     def counts(self) -> dict[str, int]:
-        """For the run's own metrics; empty without loggers."""
-        return {LOST: self.lost} if self._loggers else {}
+        """Records that a logger did not take, over all of them; for the run's own metrics, empty without loggers."""
+        return {LOST: sum(one.lost for one in self._loggers)} if self._loggers else {}
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int) -> None:
         """Ends all of them."""
         for one in self._loggers:
             one.finish(exit_code)
 
 
-def start_loggers(config: DictConfig, warn: Warn) -> Loggers:
-    """Starts what ``trainer.logger`` names, with the configuration less its secrets.
+@contextmanager
+def running_loggers(config: DictConfig, warn: Warn) -> Iterator[Loggers]:
+    """What ``trainer.logger`` names, started with the configuration less its secrets, and ended on leaving.
 
     Args:
         warn: told once for each logger that stops working.
 
     Raises:
-        ConfigError: a logger is unknown, not installed or cannot start; those started before it are ended.
+        ConfigError: a logger is unknown, not installed or cannot start.
     """
-    names = extra_loggers(config.trainer.logger)
     started: list[Logger] = []
-    if not names:
-        return Loggers(started)
+    exit_code = 1
+    try:
+        names = extra_loggers(config.trainer.logger)
+        settings = redacted(OmegaConf.to_container(config, resolve=True)) if names else {}
+        for name in names:
+            started.append(Logger(name, _start(name, config, settings), warn))
+        yield Loggers(started)
+        exit_code = 0
+    finally:
+        Loggers(started).finish(exit_code)
+
+
+def _start(name: str, config: DictConfig, settings: dict[str, Any]) -> Tracker:
     from verl.utils.tracking import Tracking
 
-    plain = redacted(OmegaConf.to_container(config, resolve=True))
-    for name in names:
-        reason = "see the log"
-        try:
-            tracker = Tracking(config.trainer.project_name, config.trainer.experiment_name, [name], plain)
-        except Exception as error:  # no network, no account: each client has errors of its own
-            tracker, reason = None, _one_line(error)
-        # verl's mlflow gives up after a few tries and goes on without.
-        if tracker is None or name not in tracker.logger:
-            Loggers(started).finish(exit_code=1)
-            raise ConfigError(f"trainer.logger: {name} cannot start ({reason}); repair it or leave {name} out")
-        started.append(Logger(name, tracker, warn))
-    return Loggers(started)
-
-
-def _number(value: Any) -> float | None:
+    reason = "see the log"
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+        tracker = Tracking(config.trainer.project_name, config.trainer.experiment_name, [name], settings)
+    except Exception as error:  # no network, no account: each client has errors of its own
+        tracker, reason = None, _one_line(error)
+    # verl's mlflow gives up after a few tries and goes on without.
+    if tracker is None or name not in tracker.logger:
+        raise ConfigError(f"trainer.logger: {name} cannot start ({reason}); repair it or leave {name} out")
+    return tracker
 
 
 def _one_line(error: BaseException) -> str:
