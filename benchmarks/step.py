@@ -92,6 +92,8 @@ class Times:
     def warning(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def working(self, text: str, seconds_left: float | None = None) -> None: ...
+
     def validated(self, seconds: float) -> None: ...
 
 

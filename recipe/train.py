@@ -67,6 +67,10 @@ class _Sink:
         """Something the user should see."""
         self.console.note(f"warning: {text}")
 
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """What is going on beside the steps."""
+        self.console.working(text, seconds_left)
+
     def validated(self, seconds: float) -> None:
         """Validation before the first step is not part of the time to it."""
         self._validation = seconds
