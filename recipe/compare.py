@@ -23,7 +23,8 @@ from recipe.compared_groups import Group, differences, environment_differences, 
 from recipe.compared_numbers import Difference, Final, differences_to, final_numbers
 from recipe.compared_runs import read_runs
 from recipe.report_charts import percent
-from recipe.run_files import RunFileError, write_atomically
+from recipe.run_files import RunFileError
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")

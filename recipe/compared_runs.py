@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from recipe.report_content import lookup
-from recipe.run_files import RunFileError, as_number, read_metric_records
+from recipe.run_files import RunFileError, as_number, read_json_object, read_metric_records
 from recipe.study_items import read_question_ids, unpack_items
 from verl_ext.config import ConfigError
 
@@ -124,9 +124,9 @@ def read_folder(folder: Path) -> ComparedRun:
     records = read_metric_records(folder / "metrics.jsonl")
     if not records:
         raise RunFileError(f"{folder / 'metrics.jsonl'}: no metrics yet; the first line comes after the first step")
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
+    config = _read_config(folder / "config.yaml")
     summary_path = folder / "summary.json"
-    summary = _mapping(summary_path, json.loads) if summary_path.exists() else None
+    summary = read_json_object(summary_path) if summary_path.exists() else None
     # Two checkouts hold the same files in different places.
     project = str(lookup(config, AGENT_LOOPS_KEY) or "").removesuffix(AGENT_LOOPS)
     places = [(str(lookup(config, "run.output_dir") or folder), "(output folder)"), (project, "(project)/")]
@@ -153,7 +153,7 @@ def read_folder(folder: Path) -> ComparedRun:
 
 def read_row(path: Path) -> ComparedRun:
     """A run by its row. Raises RunFileError where the file is no row of a study."""
-    row = _mapping(path, json.loads)
+    row = read_json_object(path)
     try:
         validations = {int(step): metrics for step, metrics in row["curve"].items()}
         records = [
@@ -244,9 +244,9 @@ def _row_items(path: Path, row: Mapping[str, Any], step: int | None) -> Validate
     return Validated(int(step), found.samples, tuple(items), found.accuracy_P)
 
 
-def _mapping(path: Path, parse: Any) -> Mapping[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFileError(f"{path}: no such file; expected the output folder of a run") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -72,7 +72,7 @@ def test_the_record_of_metrics_jsonl_reaches_the_loggers_as_numbers(tmp_path: Pa
         def step_line(self, record: dict[str, Any]) -> None: ...
 
     client = Flaky()
-    sink = _Sink(RunFiles(tmp_path, tensorboard=False), Screen(), 0.0, 0)
+    sink = _Sink(OmegaConf.create(), RunFiles(tmp_path, tensorboard=False), Screen(), 0.0, 0)
     sink.loggers = Loggers([Logger("wandb", client, pytest.fail)])
     values = {
         "critic/score/mean": 0.5,
@@ -90,7 +90,7 @@ def test_the_record_of_metrics_jsonl_reaches_the_loggers_as_numbers(tmp_path: Pa
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record[LOST] for record in records] == [0, 0, 1]
     without = RunFiles(tmp_path / "plain", tensorboard=False)
-    _Sink(without, Screen(), 0.0, 0).metrics(1, values)
+    _Sink(OmegaConf.create(), without, Screen(), 0.0, 0).metrics(1, values)
     assert LOST not in without.read_metrics()[0]
 
 
