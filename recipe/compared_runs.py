@@ -23,8 +23,9 @@ Record = Mapping[str, Any]
 
 # Settings that change nothing a run computes.
 NOT_COMPARED = (
-    "run.output_dir", "run.quiet", "run.log_tail", "run.ray_num_cpus", "trainer.logger", "trainer.project_name",
-    "trainer.experiment_name", "trainer.default_local_dir",
+    "run.output_dir", "run.overrides", "run.quiet", "run.log_tail", "run.ray_num_cpus", "run.save_every",
+    "run.keep_checkpoints", "run.keep_best", "run.verify_checkpoints", "trainer.save_freq", "trainer.logger",
+    "trainer.project_name", "trainer.experiment_name", "trainer.default_local_dir",
 )  # fmt: skip
 # Everything that is drawn by chance has its own key and takes it from run.seed.
 SEED_KEYS = ("seed", "data_loader_seed")

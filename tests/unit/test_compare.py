@@ -42,7 +42,13 @@ def write_run(
     files = RunFiles(folder, tensorboard=False)
     files.write_config(
         {
-            "run": {"seed": seed, "steps": planned, "output_dir": str(folder.absolute()), "quiet": bool(seed % 2)},
+            "run": {
+                "seed": seed,
+                "steps": planned,
+                "output_dir": str(folder.absolute()),
+                "quiet": bool(seed % 2),
+                "overrides": [f"run.seed={seed}"],
+            },
             "data": {"seed": seed, "val_files": settings.pop("val_files", "test.parquet")},
             "distill": {"method": method},
             "trainer": {"default_local_dir": str(folder.absolute() / "checkpoints")},
