@@ -94,6 +94,8 @@ class Times:
 
     def validated(self, seconds: float) -> None: ...
 
+    def pending(self, step: int, values: dict[str, Any]) -> None: ...
+
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the median."""

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.config import ConfigError
+from verl_ext.preemption import PREEMPTION
 
 PLUGIN = "verl_ext.plugin"
 
@@ -87,6 +88,7 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         return
     settings = _ray_init_settings(config, environment)
     ray.init(**settings)
+    PREEMPTION.listen_again()  # Ray took SIGTERM for itself
     try:
         check_resources(config, ray.available_resources())
         yield

@@ -43,10 +43,12 @@ def check_output_folder(config: DictConfig, folder: Path) -> int:
         metrics = folder / "metrics.jsonl"
         # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
         if metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
-            raise ConfigError(
-                f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
-                "choose another folder or remove this one"
-            )
+            if not config.run.start_over:
+                raise ConfigError(
+                    f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
+                    "choose another folder, remove this one, or begin it anew with run.start_over=true"
+                )
+            _check_same_run(config, folder)
         return 0
     text = tracker.read_text().strip()
     if not text.isdigit():
@@ -54,7 +56,8 @@ def check_output_folder(config: DictConfig, folder: Path) -> int:
     step = int(text)
     _check_same_run(config, folder)
     _check_checkpoint(config, checkpoints / f"global_step_{step}")
-    if step >= config.run.steps:
+    # Without a summary the run was ended after its last checkpoint: what is left to do is the result.
+    if step > config.run.steps or (step == config.run.steps and (folder / "summary.json").exists()):
         raise ConfigError(
             f"{folder} is finished: its checkpoint is at step {step} and run.steps is {config.run.steps}; "
             "ask for more steps or choose another folder"
