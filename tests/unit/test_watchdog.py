@@ -74,7 +74,11 @@ def test_stacks_of_a_child_are_taken_where_the_tool_is(tmp_path: Path) -> None:
     if shutil.which("py-spy") is None:
         pytest.skip("not run: needs py-spy")
     child = subprocess.Popen(
-        [sys.executable, "-c", "import time\ndef a_worker_waits(): time.sleep(60)\nprint(1, flush=True)\na_worker_waits()"],
+        [
+            sys.executable,
+            "-c",
+            "import time\ndef a_worker_waits(): time.sleep(60)\nprint(1, flush=True)\na_worker_waits()",
+        ],
         stdout=subprocess.PIPE,
     )
     try:
