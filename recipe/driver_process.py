@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import IO
 
 import psutil
 
@@ -27,13 +28,17 @@ _PR_SET_PDEATHSIG = 1
 class DriverProcess:
     """A running command; Linux only."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Raises OSError where the command cannot be started."""
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], *, output: IO[bytes] | None = None
+    ) -> None:
+        """``output``: file for what it prints; None: where this process prints. Raises OSError: it cannot start."""
         self._mark = uuid.uuid4().hex
         self._seen: dict[int, psutil.Process] = {}
         self._process = subprocess.Popen(
             list(command),
             env={**environment, MARK: self._mark},
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             preexec_fn=_end_with_parent(os.getpid()),
         )

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import transfer_queue as tq
-from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-from verl_ext.whole_groups import sort_groups, uid_of
+from verl_ext.whole_groups import sort_groups
 
 
 class LostGroups(RuntimeError):
@@ -36,22 +34,22 @@ class WholeGroupBuffer(ReplayBuffer):
     counts: Mapping[str, int] = {"short": 0, "lost": 0}
     """Groups left out of the last training batch."""
 
-    def _materialize_batch(
-        self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: dict[str, dict[str, Any]]
-    ) -> KVBatchMeta:
+    def _select_prompt_uids(
+        self, partition_id: str, sampleable_keys: set[str], batch_size: int
+    ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, int]]:
+        uids, rows, steps = super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         if partition_id != "train" or not self.rollouts:
-            return super()._materialize_batch(partition_id, selected_prompt_uids, partition_snapshot)
-        found = sort_groups(selected_prompt_uids, self.failure_keys[partition_id], partition_snapshot, self.rollouts)
+            return uids, rows, steps
+        found = sort_groups(uids, self.failure_keys[partition_id], rows, self.rollouts)
         out = {*found.short, *found.lost}
         self.counts = {"short": len(found.short), "lost": len(found.lost)}
-        if not found.whole or len(out) > self.share_allowed * len(selected_prompt_uids):
+        if not found.whole or len(out) > self.share_allowed * len(uids):
             raise LostGroups(
-                f"{len(out)} of {len(selected_prompt_uids)} groups lost rollouts, allowed is a share of "
-                f"{self.share_allowed:g} (distill.lost_groups); {self.diagnose() or 'Ray worker logs say why'}"
+                f"{len(out)} of {len(uids)} groups lost rollouts, allowed is a share of {self.share_allowed:g} "
+                f"(distill.lost_groups); {self.diagnose() or 'Ray worker logs say why'}"
             )
-        if out:
-            tq.kv_clear(partition_id=partition_id, keys=[*out, *(k for k in partition_snapshot if uid_of(k) in out)])
-        return super()._materialize_batch(partition_id, list(found.whole), partition_snapshot)
+        self._clear_groups(partition_id, out)
+        return list(found.whole), rows, steps
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         if partition_id == "val":

@@ -26,11 +26,6 @@ class Sorted:
     lost: tuple[str, ...]
 
 
-def uid_of(key: str) -> str:
-    """verl's ``uid`` of a row's key, ``uid_rollout_output``."""
-    return key.rsplit("_", 2)[0]
-
-
 def sort_groups(uids: Sequence[str], failed: Iterable[str], keys: Iterable[str], rollouts: int) -> Sorted:
     """Which of ``uids`` are whole.
 

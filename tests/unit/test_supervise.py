@@ -94,18 +94,14 @@ def test_a_refusal_a_preemption_and_ctrl_c_are_not_started_again(tmp_path: Path,
     assert len(starts(tmp_path)) == 1
 
 
-def test_without_progress_it_gives_up_and_with_progress_it_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert supervisor(tmp_path, "1", "1", "progress", "1", "0", restarts=9, most_failures=3).run() == 0
-    assert outcomes(tmp_path) == ["failed"] * 4 + ["done"]
-    other = tmp_path / "other"
-    assert supervisor(other, "1", restarts=9, most_failures=2).run() == 1
-    assert len(starts(other)) == 2
+def test_without_a_new_checkpoint_it_gives_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert supervisor(tmp_path, "1", "progress", "1", restarts=9, most_failures=2).run() == 1
+    progress = [json.loads(line)["progress"] for line in (tmp_path / ATTEMPTS).read_text().splitlines()]
+    assert progress == [False, True, False, False]
     assert "2 attempts in a row made no new checkpoint" in capsys.readouterr().err
     # The count is in the run's folder: a requeue does not begin it anew.
-    assert supervisor(other, "1", restarts=9, most_failures=3).run() == 1
-    assert len(starts(other)) == 3
+    assert supervisor(tmp_path, "1", restarts=9, most_failures=3).run() == 1
+    assert len(starts(tmp_path)) == 5
 
 
 @pytest.mark.parametrize("word", ("hang", "deaf"))
