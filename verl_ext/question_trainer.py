@@ -32,6 +32,7 @@ from verl_ext.sampling import SampleRequest
 from verl_ext.step_boundary import BoundaryTrainer
 from verl_ext.step_sink import StepSink
 from verl_ext.training_questions import TrainingQuestions
+from verl_ext.validation_items import NamingLoader
 
 
 class QuestionTrainer(BoundaryTrainer):
@@ -70,6 +71,7 @@ class QuestionTrainer(BoundaryTrainer):
             raise ValueError(
                 f"data.val_files has no prompt of at most data.max_prompt_length={data.max_prompt_length} tokens"
             )
+        self.val_dataloader = NamingLoader(self.val_dataloader)
         self.questions = TrainingQuestions(
             self.config,
             self.distill,
