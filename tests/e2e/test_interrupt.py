@@ -1,4 +1,4 @@
-"""Ends of a run that nobody planned: vLLM killed, preempted, Ctrl-C. Everything ends, and the last checkpoint is whole."""
+"""Ends of a run that nobody planned: vLLM killed, preempted, Ctrl-C. Everything ends; the last checkpoint is whole."""
 
 from __future__ import annotations
 
