@@ -31,7 +31,8 @@ from typing import Any
 import psutil
 
 from recipe.driver_process import DriverProcess
-from recipe.run_files import read_json_lines, write_atomically
+from recipe.run_files import read_json_lines
+from verl_ext.atomic import write_atomically
 from verl_ext.heartbeat import FILE, ROLLOUT, SAVE, START, SYNC, UPDATE, VALIDATE, VARIABLE, read_beat
 
 # What Ray and vLLM call their processes.

@@ -96,6 +96,8 @@ class Times:
 
     def pending(self, step: int, values: dict[str, Any]) -> None: ...
 
+    def saved(self, step: int, size: int) -> None: ...
+
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the median."""

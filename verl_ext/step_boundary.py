@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -117,13 +119,15 @@ class BoundaryTrainer(PPOTrainerSync):
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
-    def _save_checkpoint(self) -> None:
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the writing of a checkpoint, until it is complete. Raises :class:`CheckpointError` where it fails."""
         heartbeat.beat(heartbeat.SAVE)
         folder = self.config.trainer.default_local_dir
         if self._batch is not None:
             self.sink.pending(self.global_steps, self._row_so_far(*self._batch))
         try:
-            super()._save_checkpoint()
+            yield
         except Exception as error:
             free = shutil.disk_usage(folder).free / 1e9
             last = f"that of step {self.saved_step}" if self.saved_step else "there is none before it"

@@ -30,6 +30,9 @@ class StepSink(Protocol):
     def pending(self, step: int, values: dict[str, Any]) -> None:
         """The row of a step whose checkpoint is about to be written, as far as it is known."""
 
+    def saved(self, step: int, size: int) -> None:
+        """The checkpoint of a step is complete; it has so many bytes."""
+
     def validation_items(self, step: int, counts: dict[str, Any]) -> None:
         """Right answers by question, see :func:`verl_ext.validation_items.item_counts`."""
 

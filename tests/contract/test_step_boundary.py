@@ -54,6 +54,10 @@ class Trainer(BoundaryTrainer):
     def _sleep(self) -> None:
         self.slept += 1
 
+    def _save_checkpoint(self) -> None:
+        with self.saving():
+            super()._save_checkpoint()
+
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         metrics["seconds"], metrics["epoch"] = timing_raw["step"], epoch
 

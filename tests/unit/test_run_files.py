@@ -21,8 +21,8 @@ from recipe.run_files import (
     json_line,
     read_json_lines,
     to_plain,
-    write_atomically,
 )
+from verl_ext.atomic import write_atomically
 
 
 @pytest.fixture
