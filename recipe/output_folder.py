@@ -72,10 +72,10 @@ def check_output_folder(config: DictConfig, folder: Path, note: Callable[[str], 
 def _check_nothing_lost(config: DictConfig, folder: Path, tracker: Path) -> None:
     metrics = folder / "metrics.jsonl"
     # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
-    begun = metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics))
-    if begun and not tracker.exists() and config.run.start_over:
-        _check_same_run(config, folder)
-    elif tracker.exists() or begun:
+    if tracker.exists() or metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
+        if config.run.start_over and not tracker.exists():
+            _check_same_run(config, folder)
+            return
         raise ConfigError(
             f"run.output_dir {folder} holds a run without a checkpoint to resume from; choose another folder or remove "
             "this one" + ("" if tracker.exists() else ", or begin it anew with run.start_over=true")
