@@ -32,7 +32,8 @@ class NodeWatch:
         self._silence, self._clock = silence, clock
         self._heard = clock()
         self._first: set[str] | None = None
-        self._alive: set[str] = set()
+        self.alive: set[str] = set()
+        """As of the last line."""
         self._ended = False
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         threading.Thread(target=self._read, daemon=True).start()
@@ -46,12 +47,12 @@ class NodeWatch:
         for line in self._process.stdout:
             alive = set(json.loads(line)["alive"])
             self._first = self._first if self._first is not None else alive
-            self._alive, self._heard = alive, self._clock()
+            self.alive, self._heard = alive, self._clock()
         self._ended = True
 
     def lost(self) -> str | None:
         """What was lost, in words; None: nothing."""
-        if self._first is not None and (gone := sorted(self._first - self._alive)):
+        if self._first is not None and (gone := sorted(self._first - self.alive)):
             return f"{len(gone)} of {len(self._first)} nodes lost: {', '.join(gone)}"
         quiet = self._clock() - self._heard
         if self._ended or quiet > self._silence:

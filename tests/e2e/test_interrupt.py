@@ -19,7 +19,9 @@ import pytest
 from recipe.attempts import ATTEMPTS, read_attempts
 from recipe.compose import ROOT, compose_config
 from recipe.output_folder import check_output_folder
+from verl_ext.compat import alive_nodes
 from verl_ext.preemption import REQUEUE_EXIT
+from verl_ext.ray_nodes import NodeWatch
 
 pytestmark = pytest.mark.e2e
 
@@ -120,3 +122,20 @@ def test_a_killed_engine_a_preemption_and_ctrl_c(
     wait_for(lambda: any("raylet" in child.name() for child in family_of(process)), 120, process)
     assert ended(process, signal.SIGINT) == 130
     assert check_output_folder(compose_config(overrides), output) == steps()[-1]
+
+
+def test_the_nodes_of_a_real_cluster_are_seen(cluster: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    (node,) = alive_nodes(address)()
+    assert node.split()[0] == ray.nodes()[0]["NodeManagerAddress"]
+    watch = NodeWatch.of(address)
+    try:
+        deadline = time.monotonic() + 60
+        while not watch.alive:
+            assert watch.lost() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        assert watch.alive == {node} and watch.lost() is None
+    finally:
+        watch.end()
