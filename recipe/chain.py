@@ -25,6 +25,7 @@ from recipe.output_folder import check_writable, unused_folder
 from recipe.run_files import RunFiles
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
+from verl_ext.heartbeat import beat, beating
 from verl_ext.question_data import file_list
 from verl_ext.sample_store import differences, read_store
 from verl_ext.validation import QuestionAnswers, QuestionKey, group_answers, metrics_of
@@ -77,11 +78,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     missing = [stage for stage in chain.stages if stage not in record]
     _say(f"chain in {folder}: {', '.join(f'{s} (done)' if s in record else s for s in chain.stages)}")
     if missing:
-        with ray_cluster(_with_room(config)):
+        with beating(folder), ray_cluster(_with_room(config)):
             for number, stage in enumerate(chain.stages, 1):
                 if stage in record:
                     continue
                 _say(f"stage {number} of {len(chain.stages)}: {stage}")
+                beat(f"stage {stage}", step=0, saved=0)
                 begun = time.perf_counter()
                 summary = STAGE[stage](config, folder, record)
                 seconds = round(time.perf_counter() - begun, 1)
