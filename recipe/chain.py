@@ -270,20 +270,23 @@ def _evaluate(config: DictConfig, folder: Path, record: Mapping[str, Any]) -> di
             )
         )
         found[name] = {
-            **_accuracy(out / "attempts"),
+            **_accuracy(config, out / "attempts"),
             **{f"reviser/{key}": summary[key] for key in ("correction_rate", "retention") if reviser},
         }
     return found
 
 
-def _accuracy(store: Path) -> dict[str, float]:
+def _accuracy(config: DictConfig, store: Path) -> dict[str, float]:
     """Of the samples of a store, as validation in training counts it."""
+    from verl_ext.answer_keys import answer_keys
     from verl_ext.validation import validation_metrics
 
     rows = read_store(store)[1]
     rows.sort(key=lambda row: (row["question_id"], row["sample"]))
     verdicts = {key: [row[key] for row in rows] for key in ("acc", "pred", "status")}
-    metrics = validation_metrics(["evaluation"] * len(rows), [row["question_id"] for row in rows], verdicts)
+    metrics = validation_metrics(
+        ["evaluation"] * len(rows), [row["question_id"] for row in rows], verdicts, keys=answer_keys(config)
+    )
     return {
         **metrics,
         "response/length": sum(row["tokens"] for row in rows) / len(rows),

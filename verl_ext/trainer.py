@@ -31,6 +31,7 @@ from verl.workers.utils.padding import response_to_nested
 
 from verl_ext.adapter import ADAPTER_OFF, has_own_weights, is_adapter_off, switching_servers
 from verl_ext.advantage import self_teacher_token_advantage
+from verl_ext.answer_keys import answer_keys
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.loss import WEIGHT
 from verl_ext.non_finite import NonFiniteWatch
@@ -67,6 +68,7 @@ class DistillTrainer(QuestionTrainer):
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._pairs = PairStep(self.distill, config, sink.warning) if self.distill.pairs else None
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
+        self._answer_keys = answer_keys(config)
         self._self_check: dict[str, float] = {}
         self._teacher_head_sent = False
         self._resumed = False
@@ -476,7 +478,9 @@ class DistillTrainer(QuestionTrainer):
         statuses, reasons = (reward_extra_infos_dict.get(key) or [] for key in ("status", "error"))
         verdicts = [{"status": status, "error": reason} for status, reason in zip_longest(statuses, reasons)]
         counts = self._verifier.look("validation", verdicts, lambda i: f"data source {data_sources[i]}")
-        values = validation_metrics(data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts)
+        values = validation_metrics(
+            data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts, self._answer_keys
+        )
         return values | {"val/verifier_timeouts": counts["verifier/timeouts"]}
 
     # ------------------------------------------------------------------------------------------------- checkpoints

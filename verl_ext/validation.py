@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
-from verl_ext.sample_statistics import maj_at_k, mean_at_k, pass_at_k
+from verl_ext.answer_keys import AnswerKeys
+from verl_ext.question_scores import question_scores
 
 
 def validation_metrics(
@@ -13,12 +14,16 @@ def validation_metrics(
     uids: list[str],
     reward_infos: dict[str, list[Any]],
     expected_counts: dict[tuple[str, str], int] | None = None,
+    keys: AnswerKeys | None = None,
 ) -> dict[str, float]:
     """mean@k, maj@k and pass@k over all questions, and mean@k per data source where there are several.
 
+    The means of :func:`verl_ext.question_scores.question_scores`, as in `recipe.evaluate`.
+
     k is the number of samples asked for. A sample that never came back counts as wrong (``expected_counts`` says how
     many were asked for) and is counted under ``val/missing_samples``; a verifier error is left out of its question's
-    mean and counted under ``val/verifier_errors``. pass@k is given for the k that every question has samples for.
+    mean and counted under ``val/verifier_errors``. pass@k is given for the k that every question has samples for, and
+    not where a verdict lies between 0 and 1. ``keys`` says which answers vote together; None: those of equal text.
     """
     accuracy = reward_infos.get("acc") or reward_infos["reward"]
     answers = reward_infos.get("pred") or [None] * len(accuracy)
@@ -42,17 +47,24 @@ def validation_metrics(
         return counts
 
     correct = [[verdict for verdict, _ in rows] for rows in groups.values()]
+    answers_PK = (keys or AnswerKeys())([[answer for _, answer in rows] for rows in groups.values()])
     asked = max(len(rows) + errors[key] for key, rows in groups.items())
-    values = {
-        f"val/mean@{asked}": mean_at_k(correct),
-        f"val/maj@{asked}": maj_at_k(correct, [[answer for _, answer in rows] for rows in groups.values()]),
-        **counts,
-    }
-    fewest = min(len(rows) for rows in correct)
-    for k in (2**i for i in range(fewest.bit_length()) if 2**i <= fewest):
-        values[f"val/pass@{k}"] = sum(pass_at_k(len(rows), int(sum(rows)), k) for rows in correct) / len(correct)
-    sources = sorted({source for source, _ in groups})
-    for source in sources if len(sources) > 1 else ():
-        part = [[verdict for verdict, _ in rows] for (name, _), rows in groups.items() if name == source]
-        values[f"val/{source}/mean@{asked}"] = mean_at_k(part)
+    scores = question_scores(correct, answers_PK, samples=asked)
+    sources = [source for source, _ in groups]
+    values = {f"val/{name}": _mean(shares_P) for name, shares_P in scores.items() if _shown(name)} | counts
+    for source in sorted(set(sources)) if len(set(sources)) > 1 else ():
+        shares_P = scores[f"mean@{asked}"]
+        values[f"val/{source}/mean@{asked}"] = _mean(
+            [s for s, of in zip(shares_P, sources, strict=True) if of == source]
+        )
     return values
+
+
+def _shown(name: str) -> bool:
+    """Powers of two are enough for a curve."""
+    metric, _, k = name.partition("@")
+    return metric != "pass" or int(k).bit_count() == 1
+
+
+def _mean(shares_P: list[float]) -> float:
+    return sum(shares_P) / len(shares_P)
