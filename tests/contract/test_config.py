@@ -16,8 +16,16 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe import sample_settings, settings, sft_settings, snr_settings, srt_settings, teacher_text_settings
-from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
+from recipe import (
+    evaluation_settings,
+    sample_settings,
+    settings,
+    sft_settings,
+    snr_settings,
+    srt_settings,
+    teacher_text_settings,
+)
+from recipe.compose import CONF, EVALUATION, GROUPS, ROOT, check, choices, compose_config
 from recipe.study_file import read_study
 from recipe.train import help_text, main
 from verl_ext import config as distill
@@ -36,7 +44,7 @@ BLOCKS = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaul
           "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig()),
           "forgetting": forgetting_config.defaults(), "snr": snr_settings.defaults(),
           "text": teacher_text_settings.defaults(), "sft": sft_settings.defaults(),
-          "srt": srt_settings.defaults()}  # fmt: skip
+          "srt": srt_settings.defaults(), "evaluation": evaluation_settings.defaults()}  # fmt: skip
 
 
 def block(*overrides: str) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def test_every_entry_of_a_declared_study_composes(name: str, seeds: int) -> None
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders - {"study"} == set(GROUPS)
+    assert folders - {"study", EVALUATION} == set(GROUPS)
 
 
 # ---------------------------------------------------------------------------------------------- one source of defaults
