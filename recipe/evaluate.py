@@ -22,7 +22,7 @@ from recipe.compose import EVALUATION, ROOT, compose_config
 from recipe.console import RunConsole
 from recipe.environment import commit, machine, versions
 from recipe.evaluation_checks import check_answers, check_verifier
-from recipe.evaluation_items import Item, build_items, write_items
+from recipe.evaluation_items import FORMAT, ITEMS, RESULT, Item, build_items, write_items
 from recipe.evaluation_numbers import POOLED, group_numbers, notes, table
 from recipe.evaluation_settings import EvaluationConfig, evaluation_config
 from recipe.run_files import to_plain, write_atomically
@@ -61,11 +61,10 @@ Options:
   --cfg     print the composed configuration and stop
   --help    this text
 """
-RESULT, TABLE, ITEMS = "evaluation.json", "evaluation.md", "items.jsonl"
-FORMAT = 1
+TABLE = "evaluation.md"
 VERIFIER_LIBRARIES = ("math-verify", "sympy")
 # What may differ between two commands that go on with the same samples.
-NOT_OF_THE_FOLDER = {"sample": {"k", "out", "limit", "concurrency", "verify_workers"}, "evaluation": {"ks", "level"}}
+NOT_OF_THE_FOLDER = {"sample": {"k", "out", "concurrency", "verify_workers"}, "evaluation": {"ks", "level"}}
 OF_THE_FOLDER = ("sample", "evaluation", "verifier", "data", "actor_rollout_ref.model", "actor_rollout_ref.rollout")
 
 
@@ -199,13 +198,14 @@ def _write(folder: Path, result: dict[str, Any], items: Sequence[Item]) -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """The page: table, what the intervals speak about, notes, and what was measured with what."""
     settings, setting = result["settings"], result["setting"]
+    template = settings["chat_template"]
     sampling = ", ".join(f"{name} {value}" for name, value in settings["sampling"].items())
     used = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     facts = [
         f"model: `{settings['model']['path']}`, fingerprint `{settings['model']['fingerprint']}`",
         "data: " + ", ".join(f"`{part['file']}` ({part['sha256'][:12]})" for part in result["data"]["files"]),
         f"setting: {setting['name']} ({setting['source']}); {result['samples']} samples, {sampling}",
-        f"prompt template: `{settings['chat_template']['hash']}`, arguments {json.dumps(settings['chat_template']['kwargs'])}",
+        f"prompt template: `{template['hash']}`, arguments `{json.dumps(template['kwargs'])}`",
         f"verifier: `{json.dumps(settings['verifier'])}`",
         f"versions: {used}; commit {result['commit']}",
         f"finished: {result['finished']}",

@@ -14,9 +14,9 @@ from recipe.paired import Comparison, MethodRuns, compare
 from verl_ext.question_scores import question_scores
 from verl_ext.sample_store import MANIFEST, differences, read_store
 
-# By the start of their dotted names. Models may differ, and with them the prompt's template.
+# By the start of their dotted names. Models may differ, and with them the prompt's template; seeds should.
 MUST_AGREE = ("sampling.", "verifier.", "context.", "chat_template.kwargs")
-MAY_DIFFER = ("model.", "chat_template.hash")
+MAY_DIFFER = ("model.", "chat_template.hash", "sampling.seed")
 NAMED = 3
 
 
@@ -165,7 +165,8 @@ def compare_groups(
             if len(item.first(samples or evaluation.result["samples"]).verdicts) < needed
         }
         first, second = ([_without(evaluation, few) for evaluation in group] for group in (first, second))
-    return compare(_runs("A", first, metric, samples), _runs("B", second, metric, samples), **options)
+    a, b = (f"{name} ({group[0].folder})" for name, group in (("A", first), ("B", second)))
+    return compare(_runs(a, first, metric, samples), _runs(b, second, metric, samples), **options)
 
 
 def _without(evaluation: Evaluation, names: set[str]) -> Evaluation:

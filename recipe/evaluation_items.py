@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from verl_ext.answer_keys import AnswerKeys
 from verl_ext.sample_store import StoreError
 from verl_ext.sampling import SampleRequest
 from verl_ext.verifiers.result import OK, TIMEOUT
+
+RESULT, ITEMS = "evaluation.json", "items.jsonl"
+"""Files of an evaluation's folder."""
+FORMAT = 1
+"""Of both."""
 
 
 class ItemError(ValueError):
@@ -70,9 +75,7 @@ class Item:
     def first(self, samples: int) -> Item:
         """With the first so many samples."""
         lists = ("correct", "answers", "statuses", "tokens", "truncated", "format")
-        return Item(
-            self.item, self.data_source, self.question, **{name: getattr(self, name)[:samples] for name in lists}
-        )
+        return replace(self, **{name: getattr(self, name)[:samples] for name in lists})
 
 
 def question_digest(request: SampleRequest) -> str:
@@ -119,13 +122,11 @@ def build_items(
 
 def write_items(path: Path, items: Iterable[Item]) -> str:
     """Writes a JSON object a line, with the counts beside the lists; returns the file's SHA-256."""
-    lines = [
-        json_line(
-            asdict(item) | {"samples": len(item.correct), "judged": len(item.verdicts), "right": sum(item.verdicts)}
-        )
-        for item in items
-    ]
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    text = ""
+    for item in items:
+        counts = {"samples": len(item.correct), "judged": len(item.verdicts), "right": sum(item.verdicts)}
+        text += json_line(asdict(item) | counts) + "\n"
+    write_atomically(path, text)
     return sha256_of(path)
 
 

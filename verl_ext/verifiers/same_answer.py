@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from verl_ext.verifier_process import load_function
 from verl_ext.verifiers.result import verdict
+
+
+def warm_up(verifier: str) -> None:
+    """Loads the other verifier, and what it would load at its first use: on no pair's time."""
+    function = _loaded[verifier] = load_function(verifier)
+    getattr(sys.modules.get(getattr(function, "__module__", "")), "warm_up", lambda: None)()
 
 
 def compute_score(
@@ -27,10 +34,9 @@ def compute_score(
     Returns:
         A dict in the shape of :mod:`verl_ext.verifiers.result`: ``acc`` 1.0 where both are the same answer.
     """
-    function = _loaded.get(verifier)
-    if function is None:
-        function = _loaded[verifier] = load_function(verifier)
-    same = function.__globals__["equivalent"](ground_truth, solution_str)
+    if verifier not in _loaded:
+        warm_up(verifier)
+    same = _loaded[verifier].__globals__["equivalent"](ground_truth, solution_str)
     return verdict(bool(same), pred="", well_formed=True)
 
 
