@@ -491,6 +491,37 @@ def test_a_published_preset_has_the_values_its_source_states(preset: str) -> Non
     assert found == PUBLISHED[preset]
 
 
+# k, temperature, top-p, top-k, new tokens (None: the data's), thinking,.
+SAMPLED = {
+    ("default", "tiny_world"): (8, 1.0, 1.0, -1, None, False),
+    ("sdpo", "sciknoweval_physics"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo", "tooluse"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo_rich_feedback", "livecodebench"): (4, 0.6, 0.95, -1, None, False),
+    ("paced", "math500"): (8, 0.6, 0.8, 20, None, False),
+    ("sd_zero", "hmmt"): (8, 0.7, 1.0, -1, 32768, False),
+    ("pbsd", "aime25"): (12, 1.0, 1.0, -1, 38912, True),
+    ("opsd_v1", "aime24"): (16, 1.0, 1.0, -1, 38912, True),
+    ("greedy", "mmlu"): (1, 0.0, 1.0, -1, None, False),
+}
+
+
+def test_every_evaluation_preset_has_its_settings_stated_here() -> None:
+    assert {name for name, _ in SAMPLED} == set(choices(EVALUATION))
+
+
+@pytest.mark.parametrize(("setting", "data"), SAMPLED)
+def test_an_evaluation_preset_samples_as_its_source_does(setting: str, data: str) -> None:
+    arguments = ["model=qwen3_8b", f"data={data}", "hardware=gpu", f"evaluation={setting}", "sample.out=x"]
+    config = compose_config(arguments, name="evaluate")
+    block = sample_settings.sample_config(config)
+    assert evaluation_settings.evaluation_config(config).setting == setting
+    thinking = config.data.apply_chat_template_kwargs.enable_thinking
+    found = (block.k, block.temperature, block.top_p, block.top_k, block.max_tokens, thinking)
+    assert found == SAMPLED[setting, data] and block.split == "test"
+    tokens = block.sampling(config.data.max_response_length).max_tokens
+    assert config.actor_rollout_ref.rollout.max_model_len >= config.data.max_prompt_length + tokens
+
+
 @pytest.mark.parametrize(
     ("method", "data"), [("opsd", "openthoughts_math"), ("opsd_v1", "openthoughts_math"), ("sdft", "tooluse")]
 )
