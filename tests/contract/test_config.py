@@ -138,7 +138,7 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         found = {"distill": {package.removeprefix("distill."): found}}
     known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
     known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
-    for name in ("sample", "forgetting", "snr", "text", "sft", "srt"):
+    for name in ("sample", "evaluation", "forgetting", "snr", "text", "sft", "srt"):
         known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
     found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
