@@ -141,6 +141,7 @@ class RunFiles:
         self.config_path = self.output_dir / "config.yaml"
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.completions_path = self.output_dir / "completions.jsonl"
+        self.validation_path = self.output_dir / "validation.jsonl"
         self.summary_path = self.output_dir / "summary.json"
         self.report_path = self.output_dir / "report.html"
         self.log_path = self.output_dir / "run.log"
@@ -185,6 +186,10 @@ class RunFiles:
         _append_lines(self.completions_path, plain)
         return len(plain)
 
+    def append_validation(self, step: int, counts: Mapping[str, Any]) -> None:
+        """Append the right answers by question of one validation (``verl_ext.validation_items.item_counts``)."""
+        _append_lines(self.validation_path, [to_plain({"step": int(step), **counts}, "validation")])
+
     def append_non_finite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of an optimiser step that was skipped because loss or gradient was not finite."""
         plain = [to_plain(row, f"row {index}") for index, row in enumerate(rows)]
@@ -196,7 +201,8 @@ class RunFiles:
         Returns how many metric lines were dropped. TensorBoard purges the same steps when it is next written to.
         """
         dropped = _keep_lines(self.metrics_path, lambda record: record.get("step", 0) <= step)
-        _keep_lines(self.completions_path, lambda record: record.get("step", 0) <= step)
+        for path in (self.completions_path, self.validation_path):
+            _keep_lines(path, lambda record: record.get("step", 0) <= step)
         self.close()
         self._purge_step = step + 1
         return dropped
@@ -216,6 +222,13 @@ class RunFiles:
     def read_completions(self) -> list[dict[str, Any]]:
         """The sampled completions; empty where none has been written yet."""
         return read_json_lines(self.completions_path) if self.completions_path.exists() else []
+
+    def read_validations(self) -> list[dict[str, Any]]:
+        """Right answers by question, in the order of steps; empty where no validation has been written.
+
+        A run that is resumed validates again: of several lines for one step the last one counts, as for the metrics.
+        """
+        return read_metric_records(self.validation_path) if self.validation_path.exists() else []
 
     def last_step(self) -> int | None:
         """The last step with metrics, or None."""

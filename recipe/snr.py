@@ -167,6 +167,8 @@ class _Sink:
 
     def validated(self, seconds: float) -> None: ...
 
+    def validation_items(self, step: int, counts: dict[str, Any]) -> None: ...
+
 
 def _measure(config: DictConfig, block: SnrConfig, folder: Path, wanted: list[str], screen: RunConsole) -> None:
     screen.phase("starting Ray")

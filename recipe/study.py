@@ -25,12 +25,10 @@ from recipe.study_file import KEYS, Study, StudyRun, read_study
 from recipe.study_rows import (
     cost_lines,
     expected_seconds,
-    make_row,
-    read_records,
+    keep_run,
     read_rows,
     row_path,
     table,
-    write_row,
 )
 from verl_ext.config import ConfigError
 
@@ -95,8 +93,8 @@ def run_study(
         started = time.perf_counter()
         try:
             summary = run_one(config)
-            row = make_row(run, summary, read_records(folder), time.perf_counter() - started, where or {})
-            write_row(row_path(results, study, run), row)
+            seconds = time.perf_counter() - started
+            row = keep_run(row_path(results, study, run), run, summary, folder, seconds, where or {})
         except Exception as error:
             outcome.failed.append((run.run_id, folder / "run.log", _in_one_line(error)))
             say(f"run {run.run_id} failed after {format_seconds(time.perf_counter() - started)}; going on")

@@ -71,6 +71,10 @@ class _Sink:
         if self.seconds_to_first_step is None:
             self.validation_seconds += seconds
 
+    def validation_items(self, step: int, counts: dict[str, Any]) -> None:
+        """One row of validation.jsonl."""
+        self.files.append_validation(step, counts)
+
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """One row of metrics.jsonl and one line on the terminal."""
         row = step_record(values)

@@ -49,7 +49,8 @@ from verl_ext.row_records import sampled_completions, sampled_rows, skipped_rows
 from verl_ext.step_sink import StepSink, Tee
 from verl_ext.teacher_checks import GapAlarm, check_equality
 from verl_ext.teacher_worker import POOL, start_teacher
-from verl_ext.validation import validation_metrics
+from verl_ext.validation import group_answers, metrics_of
+from verl_ext.validation_items import item_counts
 from verl_ext.verifier_config import verifier_config
 from verl_ext.verifier_watch import VerifierWatch
 from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_rank_multiple
@@ -478,10 +479,12 @@ class DistillTrainer(QuestionTrainer):
         statuses, reasons = (reward_extra_infos_dict.get(key) or [] for key in ("status", "error"))
         verdicts = [{"status": status, "error": reason} for status, reason in zip_longest(statuses, reasons)]
         counts = self._verifier.look("validation", verdicts, lambda i: f"data source {data_sources[i]}")
-        values = validation_metrics(
-            data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts, self._answer_keys
-        )
-        return values | {"val/verifier_timeouts": counts["verifier/timeouts"]}
+        questions = group_answers(data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts)
+        if expected_acc_counts:
+            # verl fills it in the order in which the loader gave the questions out.
+            items = item_counts(questions, list(expected_acc_counts), self.val_dataloader.names)
+            self.sink.validation_items(self.global_steps, items)
+        return metrics_of(questions, self._answer_keys) | {"val/verifier_timeouts": counts["verifier/timeouts"]}
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

@@ -24,7 +24,7 @@ from verl.utils.py_functional import append_to_dict
 from verl.workers.config import HFModelConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from verl_ext import engine, teacher
+from verl_ext import compat, engine, teacher
 from verl_ext.adapter import ADAPTER_OFF, is_adapter_off, uses_adapter
 from verl_ext.config import DistillConfig, distill_config
 from verl_ext.gradient_sketch import GradientSketch
@@ -146,6 +146,7 @@ class DistillWorker(ActorRolloutRefWorker):
             torch.manual_seed(self.config.actor.fsdp_config.seed)
         with engine.forward_only_placement(placement):
             super().init_model()
+        compat.send_weights_on_own_socket(self.rollout)
         if self.distill.enabled:
             self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
