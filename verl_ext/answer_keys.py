@@ -80,9 +80,11 @@ def answer_keys(config: DictConfig) -> AnswerKeys:
     Raises:
         Exception: whatever the verifier's module raises when it is imported.
     """
-    settings = verifier_config(config.verifier)
-    own = config.reward.custom_reward_function.path
-    if settings.function is None or (own and str(own) != str(POOLED)):
+    own = config.reward.custom_reward_function
+    routed = bool(own.path) and str(own.path) == str(POOLED)
+    # The routed block has the whole path of a function in a file: workers may stand in another folder.
+    settings = verifier_config(own.reward_kwargs.verifier if routed else config.verifier)
+    if settings.function is None or (own.path and not routed):
         return AnswerKeys()
     rule = getattr(load_function(settings.function), "__globals__", {}).get(RULE)
     if not callable(rule) or rule is same_text:

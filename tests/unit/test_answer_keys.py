@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.answer_keys import AnswerKeys, answer_keys
 from verl_ext.validation import validation_metrics
+from verl_ext.verifier_config import route_through_pool
 from verl_ext.verifiers import multiple_choice, tool_use
 
 
@@ -107,3 +108,12 @@ def test_a_rule_that_hangs_or_fails_costs_its_pair_only(tmp_path: Path) -> None:
     assert keys([["A", "hang", "a"]]) == [["A", "hang", "A"]] and keys.undecided == 1
     here = answer_keys(config(function, processes=0))
     assert here([["A", "fail", "a"]]) == [["A", "fail", "A"]] and here.undecided == 1
+
+
+def test_a_rule_in_a_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rule.py").write_text(RULE)
+    monkeypatch.chdir(tmp_path)
+    made = config("rule.py:compute_score", processes=0)
+    route_through_pool(made)
+    monkeypatch.chdir("/")
+    assert answer_keys(made)([["A", "a"]]) == [["A", "A"]]
