@@ -13,7 +13,8 @@ from recipe.command import exit_code
 from recipe.evaluation_comparison import ComparisonError, check_comparable, compare_groups, read_evaluation
 from recipe.evaluation_items import ItemError
 from recipe.paired import Comparison
-from recipe.run_files import RunFileError, json_line, write_atomically
+from recipe.run_files import RunFileError, json_line
+from verl_ext.atomic import write_atomically
 from verl_ext.sample_store import StoreError
 
 DESCRIPTION = """Compare two evaluations of the same questions: difference, interval, permutation p-values, verdict.

@@ -25,9 +25,10 @@ from recipe.evaluation_checks import check_answers, check_verifier
 from recipe.evaluation_items import FORMAT, ITEMS, RESULT, Item, build_items, write_items
 from recipe.evaluation_numbers import POOLED, group_numbers, notes, table
 from recipe.evaluation_settings import EvaluationConfig, evaluation_config
-from recipe.run_files import to_plain, write_atomically
+from recipe.run_files import to_plain
 from recipe.sample_data import read_questions
 from recipe.sample_settings import SampleConfig, sample_config
+from verl_ext.atomic import write_atomically
 from verl_ext.question_data import file_list
 from verl_ext.sample_store import differences, read_manifest, read_store
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import sha256_of
-from recipe.run_files import json_line, read_json_lines, write_atomically
+from recipe.run_files import json_line, read_json_lines
 from verl_ext.answer_keys import AnswerKeys
+from verl_ext.atomic import write_atomically
 from verl_ext.sample_store import StoreError
 from verl_ext.sampling import SampleRequest
 from verl_ext.verifiers.result import OK, TIMEOUT
