@@ -23,6 +23,7 @@ from recipe.cluster import prepare_environment, ray_cluster
 from recipe.console_format import format_seconds
 from recipe.output_folder import check_writable, unused_folder
 from recipe.run_files import RunFiles
+from verl_ext.answer_keys import answer_keys
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.heartbeat import beat, beating
@@ -275,17 +276,17 @@ def _evaluate(config: DictConfig, folder: Path, record: Mapping[str, Any]) -> di
             )
         )
         found[name] = {
-            **_accuracy(out / "attempts"),
+            **_accuracy(config, out / "attempts"),
             **{f"reviser/{key}": summary[key] for key in ("correction_rate", "retention") if reviser},
         }
     return found
 
 
-def _accuracy(store: Path) -> dict[str, float]:
+def _accuracy(config: DictConfig, store: Path) -> dict[str, float]:
     """Of the samples of a store, as validation in training counts it."""
     rows = read_store(store)[1]
     return {
-        **metrics_of(_answers(rows)),
+        **metrics_of(_answers(rows), answer_keys(config)),
         "response/length": sum(row["tokens"] for row in rows) / len(rows),
         "response/truncated": sum(row["truncated"] for row in rows) / len(rows),
     }

@@ -12,9 +12,9 @@ from recipe.compose import GROUPS, choices, compose_config
 from verl_ext.preemption import REQUEUE_EXIT, Preempted
 
 
-def preset_lines() -> str:
-    """Every group with its presets, a line each."""
-    return "\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in GROUPS)
+def preset_lines(*more: str) -> str:
+    """Every group with its presets, a line each; ``more``: groups that only this command has."""
+    return "\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in (*GROUPS, *more))
 
 
 def command_line(

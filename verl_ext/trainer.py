@@ -32,6 +32,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_ext import trainer_state
 from verl_ext.adapter import ADAPTER_OFF, has_own_weights, is_adapter_off, switching_servers
 from verl_ext.advantage import self_teacher_token_advantage
+from verl_ext.answer_keys import answer_keys
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.checkpoint_manifest import STATE_FILE
 from verl_ext.checkpoint_saving import complete, partial_folder, step_folder
@@ -75,6 +76,7 @@ class DistillTrainer(QuestionTrainer):
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._pairs = PairStep(self.distill, config, sink.warning) if self.distill.pairs else None
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
+        self._answer_keys = answer_keys(config)
         self._self_check: dict[str, float] = {}
         self._teacher_head_sent = False
         self._resumed = False
@@ -485,7 +487,7 @@ class DistillTrainer(QuestionTrainer):
             # verl fills it in the order in which the loader gave the questions out.
             items = item_counts(questions, list(expected_acc_counts), self.val_dataloader.names)
             self.sink.validation_items(self.global_steps, items)
-        return metrics_of(questions) | {"val/verifier_timeouts": counts["verifier/timeouts"]}
+        return metrics_of(questions, self._answer_keys) | {"val/verifier_timeouts": counts["verifier/timeouts"]}
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
