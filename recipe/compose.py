@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 GROUPS = (
     "method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences", "adapter",
+    "layout",
 )  # fmt: skip
 
 

@@ -134,7 +134,9 @@ def checkpoint_bytes(config: DictConfig) -> int:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _teacher(config: DictConfig, stage: DistillConfig, student: Architecture) -> tuple[Copy | None, Architecture | None]:
+def _teacher(
+    config: DictConfig, stage: DistillConfig, student: Architecture
+) -> tuple[Copy | None, Architecture | None]:
     """The copy beside the student, and the model of the teacher pass on these devices."""
     block = config.actor_rollout_ref
     if not stage.enabled:

@@ -1,4 +1,4 @@
-"""How much of the vocabulary is worked on at once; without torch, because the memory estimate asks before it is there."""
+"""How much of the vocabulary is worked on at once. Without torch: the memory estimate asks before that is imported."""
 
 from __future__ import annotations
 

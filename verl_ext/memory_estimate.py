@@ -254,9 +254,7 @@ def _gathered(plan: Plan) -> list[Term]:
     # The gradient of a unit in both precisions, one unit at a time; the head's is the largest where it is trained.
     unit = max(trained, head) if plan.adapter is None else 0
     terms = [Term("gathered weights (assumed)", forward, (UPDATE,), assumed=True)]
-    terms.append(
-        Term("gathered gradients (assumed)", (plan.compute + plan.reduce) * unit, (UPDATE,), assumed=True)
-    )
+    terms.append(Term("gathered gradients (assumed)", (plan.compute + plan.reduce) * unit, (UPDATE,), assumed=True))
     if plan.accumulate and plan.micro_batches > 1 and plan.adapter is None:
         whole = plan.reduce * elements(model.parameters())
         terms.append(Term("whole gradients between micro-batches", whole, (UPDATE,)))
