@@ -177,22 +177,6 @@ def _silent(part: Callable[[], None]) -> Callable[[], str | None]:
     return run
 
 
-def cheap_findings(config: DictConfig) -> list[Finding]:
-    """What training looks at by itself beside its preflight: versions, disk, memory. No Ray, no weights.
-
-    A finding that fails is for the caller to raise; one of memory never fails here, since parts of it are assumed.
-    """
-    installed = doctor_machine.installed_versions()
-    findings = [attempt("versions", lambda: doctor_machine.check_versions(installed, doctor_machine.lock_file()))]
-    if not config.chain.stages:
-        findings.append(attempt("disk", lambda: doctor_machine.check_disk(config)))
-    size, source = doctor_machine.device_memory(config)
-    memory = attempt("memory", lambda: doctor_machine.check_memory(config, size, source)[0])
-    if memory.status == FAIL:
-        memory = Finding(memory.name, WARN, memory.line, memory.todo)
-    return [*findings, memory]
-
-
 def as_json(examination: Examination, seconds: float) -> dict[str, Any]:
     """Everything that was found, and the terms of the memory estimate in bytes."""
     terms = examination.estimate.terms if examination.estimate else []

@@ -106,7 +106,8 @@ def _discrepancy(
                 STORE.clear()
     finally:
         STORE.clear()
-    return check.total / max(check.tokens, 1), check.largest
+    # The difference at a sampled token has a sign; a divergence has none.
+    return abs(check.total / max(check.tokens, 1)), check.largest
 
 
 def _forward(model: Any, prompt: list[int], response: list[int], temperature: float, inputs: str) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from math import ceil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipe.compose import ROOT
-from recipe.findings import FAIL, OK, SKIP, WARN, Finding
+from recipe.findings import FAIL, OK, SKIP, WARN, Finding, attempt
 from recipe.memory import DEVICE_GIB, checkpoint_bytes, estimate_run
 from recipe.output_folder import check_output_folder
 from verl_ext.architecture import UnknownArchitecture
@@ -159,6 +160,11 @@ def _remedy(phase: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- disk
 
 
+def in_units(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
+
+
 def check_disk(config: DictConfig, free: int | None = None) -> Finding:
     """The checkpoints of the whole run against the free space where they go."""
     name = "disk"
@@ -174,12 +180,11 @@ def check_disk(config: DictConfig, free: int | None = None) -> Finding:
     # The oldest goes once the newest is complete.
     at_once = written if kept is None else min(written, int(kept) + 1)
     folder = Path(config.run.output_dir or "outputs").absolute()
+    more = max(0, at_once - len(list((folder / "checkpoints").glob("global_step_*"))))
     place = next(path for path in (folder, *folder.parents) if path.exists())
     available = shutil.disk_usage(place).free if free is None else free
-    need = at_once * size
-    line = (
-        f"{at_once} checkpoints of {size / GIB:.1f} GiB = {need / GIB:.0f} GiB; {place} has {available / GIB:.0f} free"
-    )
+    need = more * size
+    line = f"{more} checkpoints of {in_units(size)} = {in_units(need)}; {in_units(available)} free at {place}"
     todo = "set trainer.max_actor_ckpt_to_keep, a larger run.save_every, or run.output_dir on another disk"
     if need > available:
         return Finding(name, FAIL, line, todo)
@@ -191,10 +196,29 @@ def check_folder(config: DictConfig) -> str | Finding:
     if config.run.output_dir is None:
         return Finding("output folder", SKIP, "none is named: a new one under outputs/")
     folder = Path(config.run.output_dir).absolute()
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         step = check_output_folder(config, folder)
     finally:
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
     return f"{folder} goes on after step {step}" if step else f"{folder} is free"
+
+
+# ----------------------------------------------------------------------------------------------- before every training
+
+
+def cheap_findings(config: DictConfig) -> list[Finding]:
+    """What training looks at by itself beside its preflight: versions, memory, disk. No Ray, no weights.
+
+    Only too small a disk fails: parts of the memory estimate are assumed, and other versions may well work.
+    """
+    size, source = device_memory(config)
+    findings = [
+        attempt("versions", lambda: check_versions(installed_versions(), lock_file())),
+        attempt("memory", lambda: check_memory(config, size, source)[0]),
+    ]
+    findings = [replace(one, status=WARN) if one.status == FAIL else one for one in findings]
+    # The stages of a chain are runs of their own.
+    return findings if config.chain.stages else [*findings, attempt("disk", lambda: check_disk(config))]

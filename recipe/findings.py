@@ -41,6 +41,18 @@ def attempt(name: str, check: Callable[[], str | None | Finding]) -> Finding:
     return found if isinstance(found, Finding) else Finding(name, OK, found or "fine")
 
 
+def raise_failures(findings: Iterable[Finding]) -> list[str]:
+    """The warnings as lines. Raises ConfigError for the first failure."""
+    warnings = []
+    for finding in findings:
+        text = f"{finding.name}: {finding.line}" + (f"; {finding.todo}" if finding.todo else "")
+        if finding.status == FAIL:
+            raise ConfigError(text)
+        if finding.status == WARN:
+            warnings.append(f"warning: {text}")
+    return warnings
+
+
 def worst(findings: Iterable[Finding]) -> str:
     """The status of the whole; ``ok`` where nothing warns or fails."""
     found = max((STATUSES.index(finding.status) for finding in findings), default=0)

@@ -15,6 +15,8 @@ from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
+from recipe.doctor_machine import cheap_findings
+from recipe.findings import raise_failures
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
 from recipe.report import build_report
@@ -135,6 +137,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     preflight(config)
     output = _output_folder(config)
+    warnings = raise_failures(cheap_findings(config))
     if config.chain.stages:
         from recipe import chain
 
@@ -158,6 +161,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         else:
             files.truncate_to_step(-1)
         files.write_config(OmegaConf.to_container(config, resolve=True))
+        for warning in warnings:
+            screen.note(warning)
         sink = _Sink(files, screen, started, resume_step)
         screen.phase("starting Ray")
         with importing("verl_ext.session"), ray_cluster(config):

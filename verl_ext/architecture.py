@@ -164,7 +164,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         layers=number("num_hidden_layers"),
         heads=heads,
         groups=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
+        # Qwen3Config has a default of its own.
+        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
         vocabulary=number("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         positions=number("max_position_embeddings"),

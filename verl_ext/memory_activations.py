@@ -56,9 +56,10 @@ def layer_bytes(model: Architecture, forward: Forward) -> int:
 
 
 def outside_bytes(model: Architecture, forward: Forward) -> int:
-    """Of what belongs to no layer, per token: the last norm, its output (which the head or the loss reads), ids."""
+    """Of what belongs to no layer, per token: the last norm, its output (which the head or the loss reads), ids and the
+    rotation of a head."""
     e = forward.itemsize
-    return _norm(model.hidden, 1, FLOAT if model.norms_after else e) + e * model.hidden + 8
+    return _norm(model.hidden, 1, FLOAT if model.norms_after else e) + e * model.hidden + 8 + 2 * e * model.head_dim
 
 
 def kept_bytes(model: Architecture, forward: Forward) -> int:
