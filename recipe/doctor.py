@@ -33,7 +33,15 @@ EPILOG = """examples:
   python -m recipe.doctor --layouts                                          every model on every GPU layout, a table
 """
 OFFLINE = "not looked at with --offline"
-NEEDS_MACHINE = ("attention kernels", "teacher and support", "adapter", "revision turn", "data files", "questions")
+NEEDS_MACHINE = (
+    "revision phrases",
+    "attention kernels",
+    "teacher and support",
+    "adapter",
+    "revision turn",
+    "data files",
+    "questions",
+)
 """Parts of the preflight that read the model, the data or this machine's packages."""
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from recipe.compose import CONF, choices, compose_config
+from recipe.compose import CONF, check, choices, compose_config
 from recipe.memory import DEVICE_GIB, estimate_run
 from verl_ext.architecture import elements
 from verl_ext.memory_estimate import GIB, PHASES, Estimate
@@ -46,10 +48,21 @@ def model_lengths(model: str) -> list[str]:
     return found
 
 
-def compose_layout(model: str, layout: str, *overrides: str) -> DictConfig:
-    """A model on a layout, with the model preset's own lengths."""
-    chosen = [METHOD, f"model={model}", "hardware=gpu", f"layout={layout}", *model_lengths(model)]
-    return compose_config([*chosen, *overrides])
+@cache
+def _composed(model: str) -> DictConfig:
+    return compose_config([METHOD, f"model={model}", "hardware=gpu", *model_lengths(model)])
+
+
+def on_layout(model: str, layout: str) -> DictConfig:
+    """A model on a layout, with the model preset's own lengths: as composing gives it, but each model is composed once.
+
+    Raises ConfigError as composing does.
+    """
+    # A layout comes last of all presets and sets plain values only: laying it over is what Hydra would do.
+    config = copy.deepcopy(_composed(model))
+    config.merge_with(OmegaConf.load(CONF / "layout" / f"{layout}.yaml"))
+    check(config)
+    return config
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def rows(device_gib: float = DEVICE_GIB) -> Iterator[Row]:
     """Every model on every layout."""
     for model in models():
         for layout in layouts():
-            config = compose_layout(model, layout)
+            config = on_layout(model, layout)
             yield Row(model, layout, config, estimate_run(config, int(device_gib * GIB)))
 
 
