@@ -38,6 +38,7 @@ from verl_ext.verifiers.tiny_world import Problem
 
 DATA_SOURCE = "tiny_world"
 DATA_FLAVOURS = ("plain", *FORMATS)
+SOLVED = 0.9  # designed pass rate from which the warm-started model has a question solved
 
 
 def make_rows(
@@ -93,8 +94,14 @@ def write_data(
     seed: int = 0,
     error_scale: float = 1.0,
     flavour: str = "plain",
+    solved_share: float | None = None,
 ) -> dict[str, Any]:
-    """Write train.parquet, test.parquet and manifest.json; returns the manifest."""
+    """Write train.parquet, test.parquet and manifest.json; returns the manifest.
+
+    Args:
+        solved_share: of the training questions that the model gets right from the start (:func:`training_pool`). The
+            test questions stay what they are.
+    """
     manifest: dict[str, Any] = {
         "data_source": FORMATS[flavour].data_source if flavour in FORMATS else DATA_SOURCE,
         "seed": seed,
@@ -102,9 +109,12 @@ def write_data(
         "error_scale": error_scale,
         "splits": {},
     }
+    if solved_share is not None:
+        manifest["solved_share"] = solved_share
+    train = PoolSpec(train_size, levels, held_out=False, seed=seed)
     pools = {
-        split: make_pool(PoolSpec(size, levels, held_out=split == "test", seed=seed))
-        for split, size in (("train", train_size), ("test", test_size))
+        "train": make_pool(train) if solved_share is None else training_pool(train, solved_share, error_scale),
+        "test": make_pool(PoolSpec(test_size, levels, held_out=True, seed=seed)),
     }
     for split, problems in pools.items():
         rows = make_rows(problems, split, error_scale, flavour)
@@ -117,6 +127,29 @@ def write_data(
         }
     write_json(manifest, out / "manifest.json")
     return manifest
+
+
+def training_pool(spec: PoolSpec, solved_share: float, error_scale: float = 1.0) -> list[Problem]:
+    """A pool in which this share of the questions has a designed pass rate of at least ``SOLVED``, and no other has.
+
+    For the question what the distillation of solved questions does (SC-SDPO gives them weight 0, SDPO 1). Levels are in
+    equal shares in both parts, as far as the numbers allow.
+
+    Raises:
+        ValueError: a share outside [0, 1], or not enough questions.
+    """
+    if not 0 <= solved_share <= 1:
+        raise ValueError(f"the share of solved questions is {solved_share}; expected a number from 0 to 1")
+    solved = round(spec.size * solved_share)
+    pool: list[Problem] = []
+    for size, wanted in ((solved, True), (spec.size - solved, False)):
+        part = PoolSpec(size, spec.levels, spec.held_out, spec.seed)
+        if size:
+            pool += make_pool(
+                part, keep=lambda p, wanted=wanted: (designed_pass_rate(p, error_scale) >= SOLVED) == wanted
+            )
+    random.Random(f"solved {spec.seed}").shuffle(pool)
+    return pool
 
 
 def parse_levels(text: str) -> tuple[int, ...]:
@@ -150,6 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--test-size", type=int, default=150, help="held-out questions (default: %(default)s)")
     data.add_argument(
         "--levels", type=parse_levels, default=parse_levels("1-6"), help="difficulty: 1-6 (default), 2-3 or 2,4,6"
+    )
+    data.add_argument(
+        "--solved-share",
+        type=float,
+        metavar="SHARE",
+        help=f"share of the training questions with a designed pass rate of at least {SOLVED} (default: as drawn, .13)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the warm start (default: %(default)s)")
     parser.add_argument(
@@ -192,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
                 seed=args.seed,
                 error_scale=args.error_scale,
                 flavour=args.flavour,
+                solved_share=args.solved_share,
             )
             print(f"{args.out}: {json.dumps(manifest['splits'])}")
         if args.train_model:

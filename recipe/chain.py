@@ -22,10 +22,13 @@ from recipe.chain_settings import ChainConfig, chain_config
 from recipe.cluster import prepare_environment, ray_cluster
 from recipe.console_format import format_seconds
 from recipe.output_folder import check_writable, unused_folder
-from recipe.run_files import RunFiles, write_atomically
+from recipe.run_files import RunFiles
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.question_data import file_list
 from verl_ext.sample_store import differences, read_store
+from verl_ext.validation import QuestionAnswers, QuestionKey, group_answers, metrics_of
+from verl_ext.validation_items import item_counts
 
 RECORD = "chain.json"
 FRESH = "distil_questions.parquet"
@@ -278,17 +281,25 @@ def _evaluate(config: DictConfig, folder: Path, record: Mapping[str, Any]) -> di
 
 def _accuracy(store: Path) -> dict[str, float]:
     """Of the samples of a store, as validation in training counts it."""
-    from verl_ext.validation import validation_metrics
-
     rows = read_store(store)[1]
-    rows.sort(key=lambda row: (row["question_id"], row["sample"]))
-    verdicts = {key: [row[key] for row in rows] for key in ("acc", "pred", "status")}
-    metrics = validation_metrics(["evaluation"] * len(rows), [row["question_id"] for row in rows], verdicts)
     return {
-        **metrics,
+        **metrics_of(_answers(rows)),
         "response/length": sum(row["tokens"] for row in rows) / len(rows),
         "response/truncated": sum(row["truncated"] for row in rows) / len(rows),
     }
+
+
+def _answers(rows: list[dict[str, Any]]) -> dict[QuestionKey, QuestionAnswers]:
+    """The samples of a store by question."""
+    rows = sorted(rows, key=lambda row: (row["question_id"], row["sample"]))
+    verdicts = {key: [row[key] for row in rows] for key in ("acc", "pred", "status")}
+    return group_answers(["evaluation"] * len(rows), [row["question_id"] for row in rows], verdicts)
+
+
+def _item_counts(store: Path) -> dict[str, Any]:
+    """Right answers by question, as a validation in training writes them."""
+    questions = _answers(read_store(store)[1])
+    return item_counts(questions, list(questions), [name for _, name in questions])
 
 
 STAGE: dict[str, Callable[[DictConfig, Path, Mapping[str, Any]], dict[str, Any]]] = {
@@ -305,6 +316,7 @@ STAGE: dict[str, Callable[[DictConfig, Path, Mapping[str, Any]], dict[str, Any]]
 def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Writes the run's files: one line of metrics for each evaluated model, in the order of the stages."""
     from recipe.report import build_report
+    from recipe.train import write_changes
 
     evaluated = record.get("evaluate", {}).get("summary", {})
     metric = f"val/mean@{config.run.val_samples}"
@@ -329,7 +341,11 @@ def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], second
         files.write_config(OmegaConf.to_container(config, resolve=True))
         for step, (name, metrics) in enumerate(evaluated.items()):
             files.append_metrics(step, {"stage": name, **metrics})
+            store = folder / "evaluate" / name / "attempts"
+            if store.is_dir():  # it may have been removed since, as the largest part of the folder
+                files.append_validation(step, _item_counts(store))
         files.write_summary(summary)
+        write_changes(files, config)
         if evaluated:
             summary["report"] = str(build_report(folder))
             files.write_summary(summary)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_ext.compat import CLUSTER_ID
 from verl_ext.config import ConfigError
 
 PLUGIN = "verl_ext.plugin"
@@ -35,6 +37,7 @@ CPU_ENVIRONMENT = {
 def prepare_environment(platform: str | None) -> dict[str, str]:
     """Sets what must be known before verl is imported; returns it for the workers. Call before importing verl."""
     environment = {"VERL_USE_EXTERNAL_MODULES": PLUGIN, "TRANSFER_QUEUE_ENABLE": "1", "HYDRA_FULL_ERROR": "1"}
+    environment[CLUSTER_ID] = _cluster_id()
     if platform == "cpu":
         environment |= {key: os.environ.get(key, value) for key, value in CPU_ENVIRONMENT.items()}
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -42,6 +45,13 @@ def prepare_environment(platform: str | None) -> dict[str, str]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
     os.environ.update(environment)
     return environment
+
+
+def _cluster_id() -> str:
+    """One a process: asked again it is the same, and a process started from this one does not inherit it."""
+    prefix = f"{os.getpid():x}"
+    known = os.environ.get(CLUSTER_ID, "")
+    return known if known.startswith(f"{prefix}.") else f"{prefix}.{uuid.uuid4().hex[:8]}"
 
 
 def needed(config: DictConfig) -> dict[str, float]:

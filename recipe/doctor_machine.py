@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from recipe.checkpoints import steps_on_disk
 from recipe.compose import ROOT
 from recipe.findings import FAIL, OK, SKIP, WARN, Finding, attempt
 from recipe.memory import DEVICE_GIB, checkpoint_bytes, estimate_run
@@ -175,17 +176,17 @@ def check_disk(config: DictConfig, free: int | None = None) -> Finding:
         size = checkpoint_bytes(config)
     except UnknownArchitecture as error:
         return Finding(name, SKIP, f"size of a checkpoint unknown: {error}")
-    kept = config.trainer.get("max_actor_ckpt_to_keep")
     written = ceil(steps / every)
-    # The oldest goes once the newest is complete.
-    at_once = written if kept is None else min(written, int(kept) + 1)
+    kept = config.run.keep_checkpoints
+    # The oldest goes once the newest is complete, and the best one may be another.
+    at_once = written if kept == -1 else min(written, kept + 1 + config.run.keep_best)
     folder = Path(config.run.output_dir or "outputs").absolute()
-    more = max(0, at_once - len(list((folder / "checkpoints").glob("global_step_*"))))
+    more = max(0, at_once - len(steps_on_disk(folder / "checkpoints")))
     place = next(path for path in (folder, *folder.parents) if path.exists())
     available = shutil.disk_usage(place).free if free is None else free
     need = more * size
     line = f"{more} checkpoints of {in_units(size)} = {in_units(need)}; {in_units(available)} free at {place}"
-    todo = "set trainer.max_actor_ckpt_to_keep, a larger run.save_every, or run.output_dir on another disk"
+    todo = "set run.keep_checkpoints, a larger run.save_every, or run.output_dir on another disk"
     if need > available:
         return Finding(name, FAIL, line, todo)
     return Finding(name, WARN, line, todo) if need > 0.8 * available else Finding(name, OK, line)
@@ -220,5 +221,4 @@ def cheap_findings(config: DictConfig) -> list[Finding]:
         attempt("memory", lambda: check_memory(config, size, source)[0]),
     ]
     findings = [replace(one, status=WARN) if one.status == FAIL else one for one in findings]
-    # The stages of a chain are runs of their own.
-    return findings if config.chain.stages else [*findings, attempt("disk", lambda: check_disk(config))]
+    return [*findings, attempt("disk", lambda: check_disk(config))]

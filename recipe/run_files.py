@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from verl_ext.atomic import write_atomically
+
 if TYPE_CHECKING:
     import pandas
+
+
+CHANGES_FILE = "changes.json"
 
 
 class RunFileError(ValueError):
@@ -80,17 +85,6 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a run killed half way, sees the old text or the new one, never a mix."""
-    temporary = path.with_name(path.name + ".tmp")
-    # A model may emit half of a surrogate pair, which has no UTF-8 form: a question mark is better than a lost file.
-    with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All objects of a JSON-lines file. A torn last line is left out; anything else raises RunFileError."""
     try:
@@ -117,6 +111,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; RunFileError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFileError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise RunFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def read_metric_records(path: Path) -> list[dict[str, Any]]:
     """The metrics of a run in the order of their steps; of several lines for one step the last one counts."""
     by_step: dict[int, dict[str, Any]] = {}
@@ -141,6 +146,7 @@ class RunFiles:
         self.config_path = self.output_dir / "config.yaml"
         self.metrics_path = self.output_dir / "metrics.jsonl"
         self.completions_path = self.output_dir / "completions.jsonl"
+        self.validation_path = self.output_dir / "validation.jsonl"
         self.summary_path = self.output_dir / "summary.json"
         self.report_path = self.output_dir / "report.html"
         self.log_path = self.output_dir / "run.log"
@@ -168,6 +174,12 @@ class RunFiles:
         write_atomically(self.summary_path, json_line(summary, "summary") + "\n")
         return self.summary_path
 
+    def write_changes(self, changes: Mapping[str, Any]) -> Path:
+        """Write what the run changed against its presets (:func:`recipe.preset_changes.preset_changes`)."""
+        path = self.output_dir / CHANGES_FILE
+        write_atomically(path, json_line(changes, "changes") + "\n")
+        return path
+
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one step's metrics, to metrics.jsonl and to TensorBoard; returns the record as it was written."""
         record = {"step": int(step), **{key: value for key, value in metrics.items() if key != "step"}}
@@ -185,6 +197,10 @@ class RunFiles:
         _append_lines(self.completions_path, plain)
         return len(plain)
 
+    def append_validation(self, step: int, counts: Mapping[str, Any]) -> None:
+        """Append the right answers by question of one validation (``verl_ext.validation_items.item_counts``)."""
+        _append_lines(self.validation_path, [to_plain({"step": int(step), **counts}, "validation")])
+
     def append_non_finite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of an optimiser step that was skipped because loss or gradient was not finite."""
         plain = [to_plain(row, f"row {index}") for index, row in enumerate(rows)]
@@ -196,7 +212,8 @@ class RunFiles:
         Returns how many metric lines were dropped. TensorBoard purges the same steps when it is next written to.
         """
         dropped = _keep_lines(self.metrics_path, lambda record: record.get("step", 0) <= step)
-        _keep_lines(self.completions_path, lambda record: record.get("step", 0) <= step)
+        for path in (self.completions_path, self.validation_path):
+            _keep_lines(path, lambda record: record.get("step", 0) <= step)
         self.close()
         self._purge_step = step + 1
         return dropped
@@ -216,6 +233,13 @@ class RunFiles:
     def read_completions(self) -> list[dict[str, Any]]:
         """The sampled completions; empty where none has been written yet."""
         return read_json_lines(self.completions_path) if self.completions_path.exists() else []
+
+    def read_validations(self) -> list[dict[str, Any]]:
+        """Right answers by question, in the order of steps; empty where no validation has been written.
+
+        A run that is resumed validates again: of several lines for one step the last one counts, as for the metrics.
+        """
+        return read_metric_records(self.validation_path) if self.validation_path.exists() else []
 
     def last_step(self) -> int | None:
         """The last step with metrics, or None."""

@@ -19,19 +19,18 @@ from recipe.compose import ROOT, compose_config
 from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
 from recipe.output_folder import unused_folder
-from recipe.run_files import write_atomically
 from recipe.study_chart import study_svg
-from recipe.study_file import KEYS, Study, StudyRun, read_study
+from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
+from recipe.study_page import write_page
 from recipe.study_rows import (
     cost_lines,
     expected_seconds,
-    make_row,
-    read_records,
+    keep_run,
     read_rows,
     row_path,
     table,
-    write_row,
 )
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 Run = Callable[[DictConfig], Mapping[str, Any]]
@@ -39,7 +38,14 @@ Run = Callable[[DictConfig], Mapping[str, Any]]
 DESCRIPTION = """Run a declared grid of trainings on the real stack, in one Ray cluster, and write one row (JSON) per
 finished run. Runs that have a row are skipped, so an interrupted study goes on with the same command; a run that fails
 does not stop the others. The cost is printed before anything starts."""
-EPILOG = "Keys of the study file:\n" + "\n".join(f"  {key:<17} {text}" for key, text in KEYS.items())
+EPILOG = "\n".join(
+    [
+        "Keys of the study file:",
+        *(f"  {key:<17} {text}" for key, text in KEYS.items()),
+        "Keys of a question:",
+        *(f"  {key:<17} {text}" for key, text in QUESTION_KEYS.items()),
+    ]
+)
 
 
 @dataclass
@@ -95,8 +101,8 @@ def run_study(
         started = time.perf_counter()
         try:
             summary = run_one(config)
-            row = make_row(run, summary, read_records(folder), time.perf_counter() - started, where or {})
-            write_row(row_path(results, study, run), row)
+            seconds = time.perf_counter() - started
+            row = keep_run(row_path(results, study, run), run, summary, folder, seconds, where or {})
         except Exception as error:
             outcome.failed.append((run.run_id, folder / "run.log", _in_one_line(error)))
             say(f"run {run.run_id} failed after {format_seconds(time.perf_counter() - started)}; going on")
@@ -158,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="print the grid and its cost, run nothing")
     made.add_argument("--table", action="store_true", help="print a markdown table of the rows there are, run nothing")
     made.add_argument("--plot", type=Path, metavar="SVG", help="draw the rows there are into this file, run nothing")
+    made.add_argument("--page", type=Path, metavar="MD", help="write the results page with its pictures, run nothing")
     made.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the rows")
     made.add_argument("--outputs", type=Path, default=Path("outputs") / "study", help="folder of the runs' own files")
     made.add_argument("--quiet", action="store_true", help="no line per step")
@@ -176,6 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.plot is not None:
             write_atomically(options.plot, study_svg(study, rows))
+            return 0
+        if options.page is not None:
+            written = write_page(study, rows, options.file, options.results, options.page)
+            print(json.dumps({"study": study.name, "rows": len(rows), "written": [str(path) for path in written]}))
             return 0
         configs = configurations(study, options.outputs.absolute(), quiet=options.quiet)
         print("\n".join(cost_lines(study, rows)), flush=True)

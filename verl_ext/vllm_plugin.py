@@ -6,10 +6,11 @@ import os
 
 
 def register() -> None:
-    """Prepares vLLM's CPU build for weight updates; does nothing elsewhere."""
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-        from verl_ext import compat
+    """Names the socket of weight updates; prepares vLLM's CPU build for them where that is what runs."""
+    from verl_ext import compat
 
+    compat.receive_weights_on_own_socket()
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         compat.answer_for_vllm_version()
         compat.keep_vllm_linear_weights()
         compat.requests_without_an_adapter()

@@ -275,3 +275,68 @@ def test_vllm_rolls_a_seeded_request_back_in_a_way_that_a_cpu_generator_has_not(
     with pytest.raises(RuntimeError, match="offset"):
         torch.Generator(device="cpu").get_offset()
     assert compose_config(["hardware=cpu"]).actor_rollout_ref.rollout.enable_chunked_prefill is False
+
+
+def test_both_ends_of_the_weight_transfer_name_the_socket_after_the_cluster() -> None:
+    """Holds the two ends against verl's own code; verl 0.9.1 takes Ray's job id, which two clusters share."""
+    done = python(
+        "import os, types\n"
+        "from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension as Receiver\n"
+        "from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter\n"
+        "import ray, inspect\n"
+        "from verl_ext import compat, vllm_plugin\n"
+        "source = inspect.getsource(ServerAdapter.__init__)\n"
+        "line = next(line for line in source.splitlines() if 'self.zmq_handle =' in line)\n"
+        "sender = types.SimpleNamespace(replica_rank=0)\n"
+        "exec(line.strip(), {'self': sender, 'job_id': '01000000', 'local_rank': 0})\n"
+        "worker = types.SimpleNamespace(local_rank=0, model_runner=None)\n"
+        "print(sender.zmq_handle, Receiver._get_zmq_handle(worker))\n"
+        "for _ in range(2):\n"
+        "    compat.send_weights_on_own_socket(sender); vllm_plugin.register()\n"
+        "print(sender.zmq_handle, Receiver._get_zmq_handle(worker))",
+        VERL_REPLICA_RANK="0",
+        VERL_RAY_JOB_ID="01000000",
+        VERL_EXT_CLUSTER_ID="4d2.0a1b2c3d",
+        VERL_USE_EXTERNAL_MODULES="verl_ext.plugin",
+        VERL_PLATFORM="cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    (sent, received), (own_sent, own_received) = (line.split() for line in done.stdout.splitlines()[-2:])
+    assert sent == received == "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
+    assert own_sent == own_received == "ipc:///tmp/rl-colocate-zmq-01000000-4d2.0a1b2c3d-replica-0-rank-0.sock"
+
+
+def test_verl_saves_its_files_and_its_tracker_into_another_folder_and_calls_nobody(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from verl_ext.compat import saving_into
+
+    saved: list[str] = []
+    callback = SimpleNamespace(on_save=lambda **arguments: saved.append("callback"))
+    checkpoints, folder = tmp_path / "checkpoints", tmp_path / "checkpoints" / ".partial"
+    trainer = SimpleNamespace(
+        config=OmegaConf.create(
+            {
+                "trainer": {"default_local_dir": str(checkpoints), "default_hdfs_dir": None},
+                "actor_rollout_ref": {"actor": {}},
+            }
+        ),
+        global_steps=7,
+        use_critic=False,
+        trainer_mode="sync",
+        checkpoint_callback=callback,
+        actor_rollout_wg=SimpleNamespace(save_checkpoint=lambda local, *_, max_ckpt_to_keep: saved.append(local)),
+        train_dataloader=SimpleNamespace(state_dict=dict),
+    )
+    with saving_into(trainer, str(folder)) as yielded:
+        PPOTrainerSync._save_checkpoint(trainer)
+    assert yielded is callback is trainer.checkpoint_callback
+    assert trainer.config.trainer.default_local_dir == str(checkpoints)
+    assert saved == [str(folder / "global_step_7" / "actor")]
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "7", "verl writes it in place: still needed"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".partial"]
+    PPOTrainerSync._save_checkpoint(trainer)
+    assert saved[-1] == "callback" and (checkpoints / "latest_checkpointed_iteration.txt").exists()

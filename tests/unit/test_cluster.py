@@ -8,6 +8,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.cluster import CPU_ENVIRONMENT, PLUGIN, check_resources, importing, needed, prepare_environment
+from verl_ext.compat import CLUSTER_ID
 from verl_ext.config import ConfigError
 
 
@@ -88,6 +89,13 @@ def test_the_cpu_settings_reach_this_process_and_the_workers_and_spare_what_a_us
 
 def test_a_gpu_run_gets_none_of_the_cpu_settings() -> None:
     assert not set(CPU_ENVIRONMENT) & set(prepare_environment(None))
+
+
+def test_every_process_has_a_cluster_name_of_its_own_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = prepare_environment("cpu")[CLUSTER_ID]
+    assert prepare_environment(None)[CLUSTER_ID] == os.environ[CLUSTER_ID] == name
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a child inherits the environment, not the process id
+    assert prepare_environment("cpu")[CLUSTER_ID] != name
 
 
 @pytest.mark.parametrize(("value", "kept"), [("", False), ("0", True)])

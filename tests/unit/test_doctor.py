@@ -151,7 +151,7 @@ def test_disk_counts_what_is_kept_at_once_and_not_yet_there(tmp_path: Path) -> N
     assert "10 checkpoints of 122.1 GiB" in check_disk(run, free=10 * size).line
     assert check_disk(run, free=10 * size - 1).status == FAIL
     assert check_disk(run, free=13 * size).status == OK
-    kept = changed(run, trainer__max_actor_ckpt_to_keep=2)
+    kept = changed(run, run__keep_checkpoints=2, run__keep_best=False)
     assert check_disk(kept, free=3 * size - 1).status == FAIL and check_disk(kept, free=4 * size).status == OK
     for step in (10, 20):
         (tmp_path / "new" / "run" / "checkpoints" / f"global_step_{step}").mkdir(parents=True)

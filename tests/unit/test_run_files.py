@@ -124,11 +124,16 @@ def test_truncate_to_step(files: RunFiles) -> None:
     for step in range(6):
         files.append_metrics(step, {"loss": step / 10})
         files.append_completions([{"step": step, "n": index} for index in range(2)])
+        files.append_validation(step, {"items": ["q"], "right": [step]})
     with open(files.metrics_path, "a") as file:
         file.write('{"step": 6')
     assert files.truncate_to_step(3) == 2
     assert [record["step"] for record in files.read_metrics()] == [0, 1, 2, 3]
     assert [row["step"] for row in files.read_completions()] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in files.read_validations()] == [0, 1, 2, 3]
+    # A run that is resumed validates again at the step of its checkpoint.
+    files.append_validation(3, {"items": ["q"], "right": [9]})
+    assert files.read_validations()[-1] == {"step": 3, "items": ["q"], "right": [9]}
     assert files.last_step() == 3
     assert files.truncate_to_step(9) == 0
     files.append_metrics(4, {"loss": 9.0})
@@ -138,6 +143,7 @@ def test_truncate_to_step(files: RunFiles) -> None:
 
 def test_truncate_without_files(files: RunFiles) -> None:
     assert files.truncate_to_step(3) == 0 and files.last_step() is None and files.read_completions() == []
+    assert files.read_validations() == []
 
 
 def test_the_last_line_of_a_step_counts(files: RunFiles) -> None:

@@ -49,6 +49,9 @@ def training(accuracy: Callable[[DictConfig], float], failing: str = "") -> Call
         value = accuracy(config)
         files.append_metrics(1, {"distill/loss": 0.5, "time/step": 2.0})
         files.append_metrics(2, {"distill/loss": 0.4, "val/mean@8": value, "val/maj@8": value + 0.1})
+        for step, right in ((0, [2, 2]), (2, [round(16 * value) - 8, 8])):
+            counts = {"samples": 8, "items": ["a", "b"], "right": right, "judged": [8, 8]}
+            files.append_validation(step, counts)
         validated = {"metric": "val/mean@8", "before": 0.25, "after": value}
         return validated | {
             "method": config.distill.method, "steps": 2, "seconds_per_step": 2.0,
@@ -163,6 +166,9 @@ def test_one_row_per_finished_run_and_none_is_run_twice(tmp_path: Path) -> None:
     assert row["overrides"] == ["run.steps=2", "method=grpo"]
     assert row["curve"] == {"0": {"mean@8": 0.25, "maj@8": 0.3, "pass@8": 0.9}, "2": {"mean@8": 0.6, "maj@8": 0.7}}
     assert row["final"]["val/mean@8"] == 0.6 and row["final"]["distill/loss"] == 0.4
+    assert row["items"]["right"] == {"0": "2 2", "2": "2 8"} and row["items"]["samples"] == 8
+    kept = tmp_path / "results" / "small" / f"questions-{row['items']['questions']}.txt"
+    assert kept.read_text() == "a\nb\n"
     assert row["seconds"] >= 0 and row["date"] and "/x" not in json.dumps(row)
     assert str(tmp_path) not in json.dumps(row)
     again = go(study, tmp_path, run)

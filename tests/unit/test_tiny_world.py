@@ -151,6 +151,21 @@ def test_data_files(tmp_path):
     assert json.loads((tmp_path / "one" / "manifest.json").read_text())["splits"]["test"]["questions"] == 30
 
 
+def test_a_pool_may_hold_many_solved_questions_and_the_test_questions_stay(tmp_path):
+    tiny_world.write_data(tmp_path / "drawn", train_size=60, test_size=12)
+    manifest = tiny_world.write_data(tmp_path / "solved", train_size=60, test_size=12, solved_share=0.7)
+    assert manifest["solved_share"] == 0.7
+    infos = [row["extra_info"] for row in pq.read_table(tmp_path / "solved" / "train.parquet").to_pylist()]
+    solved = [info for info in infos if info["designed_pass_rate"] >= tiny_world.SOLVED]
+    assert len(infos) == 60 and len(solved) == 42 and len({info["question_id"] for info in infos}) == 60
+    assert Counter(info["level"] for info in solved) == dict.fromkeys(range(1, 7), 7)
+    assert any(info["designed_pass_rate"] >= tiny_world.SOLVED for info in infos[:10]), "shuffled, not in two blocks"
+    test = [pq.read_table(tmp_path / name / "test.parquet").to_pylist() for name in ("drawn", "solved")]
+    assert test[0] == test[1]
+    with pytest.raises(ValueError, match="share of solved questions is 1.5; expected a number from 0 to 1"):
+        tiny_world.write_data(tmp_path / "bad", solved_share=1.5)
+
+
 def test_too_many_level_one_questions_are_refused(tmp_path, capsys):
     assert tiny_world.main(["--out", str(tmp_path), "--levels", "1", "--train-size", "400"]) == 1
     assert "questions of level 1 wanted" in capsys.readouterr().err
