@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 GROUPS = (
     "method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences", "adapter",
+    "layout",
 )  # fmt: skip
 EVALUATION = "evaluation"
 """The group that only `python -m recipe.evaluate` has."""

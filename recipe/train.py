@@ -25,6 +25,8 @@ from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
+from recipe.doctor_machine import cheap_findings
+from recipe.findings import raise_failures
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
 from recipe.preset_changes import preset_changes
@@ -182,6 +184,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         return chain.run(config)
     passed_over: list[str] = []
     resume_step = check_output_folder(config, output, passed_over.append)
+    warnings = raise_failures(cheap_findings(config))
     files = RunFiles(output)
     with (
         files,
@@ -208,6 +211,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
                 config.trainer.val_before_train = _validation_is_missing(config, files, resume_step)
         else:
             files.truncate_to_step(-1)
+        for warning in warnings:
+            screen.note(warning)
         sink = _Sink(config, files, screen, started, resume_step)
         with PREEMPTION.telling(screen.urgent), beating(output) as heart, _watched(config, heart, output):
             beat(START, step=resume_step, saved=resume_step)
