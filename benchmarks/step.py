@@ -94,6 +94,8 @@ class Times:
 
     def validated(self, seconds: float) -> None: ...
 
+    def saved(self, step: int, size: int) -> None: ...
+
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the median."""

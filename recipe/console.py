@@ -242,6 +242,11 @@ class RunConsole:
             if self._notes <= _MAX_NOTES:
                 self._line(line, style="dim")
 
+    def log(self, text: str) -> None:
+        """A line for the log only."""
+        with self._lock:
+            self._to_log(f"{format_seconds(time.monotonic() - self._started):>10}  {_one_line(text)}")
+
     def text(self, text: str) -> None:
         """Several lines as they are, such as a table."""
         self._to_log(text)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe.report_charts import nice_ticks, percent
-from recipe.run_files import RunFileError, json_line, read_json_lines, write_atomically
+from recipe.run_files import RunFileError, json_line, read_json_lines
 from recipe.svg_parts import DOT, GRID, MEAN, svg_line, svg_page, svg_text
+from verl_ext.atomic import write_atomically
 from verl_ext.localisation import Locate, around_wrong_step, localisation
 
 DESCRIPTION = """Where in the responses of a run the divergence between student and teacher falls (SD-Zero's token-level

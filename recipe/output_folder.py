@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.checkpoints import newest_complete, steps_on_disk
 from recipe.run_files import read_metric_records
+from verl_ext.checkpoint_manifest import STATE_FILE, Manifest
+from verl_ext.checkpoint_saving import TRACKER
 from verl_ext.config import ConfigError
 
 MUST_AGREE = (
@@ -26,40 +29,52 @@ MUST_AGREE = (
     "distill.weighting.store",
 )
 MINIMUM_FREE = 500_000_000
+PARTS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+"""What verl calls a content of a checkpoint in its settings, and in the names of its files."""
 
 
-def check_output_folder(config: DictConfig, folder: Path) -> int:
-    """The step to resume from; 0 for a new run.
+def check_output_folder(config: DictConfig, folder: Path, note: Callable[[str], None] = lambda _: None) -> int:
+    """The step to resume from; 0 for a new run. Changes nothing.
+
+    Args:
+        note: told of checkpoints that are passed over for an older one.
 
     Raises:
-        ConfigError: the folder cannot be written, holds another run, one of another world size, a finished run or an
-            incomplete checkpoint; the message says which and what to do.
+        ConfigError: the folder cannot be written, holds another run, one of another world size, a finished run or no
+            complete checkpoint; the message says which and what to do.
     """
     check_writable(folder, "run.output_dir")
     _check_space(folder)
-    checkpoints = folder / "checkpoints"
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    if not tracker.exists():
-        metrics = folder / "metrics.jsonl"
-        # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
-        if metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
-            raise ConfigError(
-                f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
-                "choose another folder or remove this one"
-            )
-        return 0
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ConfigError(f"{tracker} holds {text!r}, expected a step number; write the last whole step into it")
-    step = int(text)
-    _check_same_run(config, folder)
-    _check_checkpoint(config, checkpoints / f"global_step_{step}")
-    if step >= config.run.steps:
+    if OmegaConf.select(config, "trainer.resume_mode", default="auto") != "auto":
         raise ConfigError(
-            f"{folder} is finished: its checkpoint is at step {step} and run.steps is {config.run.steps}; "
+            f"trainer.resume_mode is {config.trainer.resume_mode!r}; allowed: auto (a run goes on from the newest "
+            "complete checkpoint of run.output_dir; another folder starts anew)"
+        )
+    checkpoints = folder / "checkpoints"
+    full = OmegaConf.select(config, "run.verify_checkpoints", default="full") == "full"
+    if steps_on_disk(checkpoints):
+        _check_same_run(config, folder)
+    manifest = newest_complete(checkpoints, full=full, note=note)
+    if manifest is None:
+        _check_nothing_lost(folder, checkpoints / TRACKER)
+        return 0
+    _check_checkpoint(config, checkpoints / f"global_step_{manifest.step}", manifest)
+    if manifest.step >= config.run.steps:
+        raise ConfigError(
+            f"{folder} is finished: its checkpoint is at step {manifest.step} and run.steps is {config.run.steps}; "
             "ask for more steps or choose another folder"
         )
-    return step
+    return manifest.step
+
+
+def _check_nothing_lost(folder: Path, tracker: Path) -> None:
+    metrics = folder / "metrics.jsonl"
+    # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
+    if tracker.exists() or metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
+        raise ConfigError(
+            f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
+            "choose another folder or remove this one"
+        )
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -97,24 +112,26 @@ def _check_same_run(config: DictConfig, folder: Path) -> None:
             )
 
 
-def _check_checkpoint(config: DictConfig, folder: Path) -> None:
+def _check_checkpoint(config: DictConfig, folder: Path, manifest: Manifest) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    sizes = {
-        int(found.group(1))
-        for path in (folder / "actor").glob("model_world_size_*_rank_*.pt")
-        if (found := re.match(r"model_world_size_(\d+)_rank_", path.name))
-    }
-    if sizes and sizes != {ranks}:
+    if manifest.world_size != ranks:
         raise ConfigError(
-            f"checkpoint {folder} was written by {min(sizes)} ranks, this run has {ranks}; "
-            f"set trainer.n_gpus_per_node x trainer.nnodes to {min(sizes)} or choose another folder"
+            f"checkpoint {folder} was written by {manifest.world_size} ranks, this run has {ranks}; set "
+            f"trainer.n_gpus_per_node x trainer.nnodes to {manifest.world_size}, or export its model (python -m "
+            "recipe.export) and start a new run from it"
         )
-    wanted = [folder / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
+    contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents", default=list(PARTS))
+    parts = [part for content, part in PARTS.items() if content in contents]
+    wanted = [f"actor/{part}_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks) for part in parts]
+    wanted += ["data.pt", STATE_FILE]
     if config.distill.coefficient > 0 and config.distill.teacher.kind in ("ema", "synced"):
-        wanted += [folder / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)]
-    for path in wanted:
-        if not path.exists() or path.stat().st_size == 0:
-            raise ConfigError(f"checkpoint {folder} is incomplete: {path.name} is missing or empty; use an older one")
+        wanted += [f"teacher/teacher_world_size_{ranks}_rank_{rank}.safetensors" for rank in range(ranks)]
+    for name in wanted:
+        if name not in manifest.files:
+            raise ConfigError(
+                f"checkpoint {folder} does not hold {name}, which this run needs to go on; it was saved with other "
+                "settings (actor_rollout_ref.actor.checkpoint.save_contents, distill.teacher): choose another folder"
+            )
 
 
 def unused_folder(wanted: Path) -> Path:
@@ -128,6 +145,4 @@ def unused_folder(wanted: Path) -> Path:
 
 def _resumable(folder: Path) -> bool:
     # A checkpoint at the last step is there when the run ended and only its row could not be written: run it anew.
-    return (folder / "checkpoints" / "latest_checkpointed_iteration.txt").exists() and not (
-        folder / "summary.json"
-    ).exists()
+    return (folder / "checkpoints" / TRACKER).exists() and not (folder / "summary.json").exists()

@@ -15,9 +15,10 @@ from recipe import sample
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
-from recipe.run_files import json_line, write_atomically
+from recipe.run_files import json_line
 from recipe.sample_data import read_questions
 from recipe.sample_settings import sample_config
+from verl_ext.atomic import write_atomically
 
 if TYPE_CHECKING:
     # It imports torch, whose threads are decided by what `recipe.sample` sets first.

@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from verl_ext.atomic import write_atomically
+
 if TYPE_CHECKING:
     import pandas
+
+
+CHANGES_FILE = "changes.json"
 
 
 class RunFileError(ValueError):
@@ -80,17 +85,6 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a run killed half way, sees the old text or the new one, never a mix."""
-    temporary = path.with_name(path.name + ".tmp")
-    # A model may emit half of a surrogate pair, which has no UTF-8 form: a question mark is better than a lost file.
-    with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8", errors="replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All objects of a JSON-lines file. A torn last line is left out; anything else raises RunFileError."""
     try:
@@ -115,6 +109,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             raise RunFileError(f"{path}, line {number}: expected a JSON object, found: {_excerpt(line)}")
         records.append(record)
     return records
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; RunFileError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFileError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise RunFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def read_metric_records(path: Path) -> list[dict[str, Any]]:
@@ -168,6 +173,12 @@ class RunFiles:
         """Keep the run's final summary, so that a report made later shows the same numbers."""
         write_atomically(self.summary_path, json_line(summary, "summary") + "\n")
         return self.summary_path
+
+    def write_changes(self, changes: Mapping[str, Any]) -> Path:
+        """Write what the run changed against its presets (:func:`recipe.preset_changes.preset_changes`)."""
+        path = self.output_dir / CHANGES_FILE
+        write_atomically(path, json_line(changes, "changes") + "\n")
+        return path
 
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one step's metrics, to metrics.jsonl and to TensorBoard; returns the record as it was written."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recipe.checkpoints import VERIFY
 from verl_ext.config import ConfigError
 
 
@@ -21,10 +22,16 @@ class RunConfig:
         val_before: validate before the first step.
         val_samples: samples per question in validation (the k of mean@k).
         save_every: checkpoint every so many steps (-1: none).
+        keep_checkpoints: newest complete checkpoints that are kept (-1: all).
+        keep_best: beside them, keep the one whose own step validated best.
+        verify_checkpoints: before a checkpoint is loaded, read every byte of it (``full``) or compare names and sizes
+            (``size``).
         platform: ``cpu`` for a machine without an accelerator, None to let verl find one.
         quiet: no line per step.
         log_tail: lines of the log shown when something fails.
         ray_num_cpus: logical CPUs of a Ray cluster that this run starts; None: as many as its actors ask for.
+        overrides: the words of the command line, or of a study's entry, that this configuration was composed from; it
+            is filled in, whatever it is set to.
     """
 
     output_dir: str | None = None
@@ -34,10 +41,14 @@ class RunConfig:
     val_before: bool = True
     val_samples: int = 8
     save_every: int = -1
+    keep_checkpoints: int = -1
+    keep_best: bool = True
+    verify_checkpoints: str = "full"
     platform: str | None = None
     quiet: bool = False
     log_tail: int = 40
     ray_num_cpus: int | None = None
+    overrides: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raises ConfigError with the key, the value and what is allowed."""
@@ -45,10 +56,14 @@ class RunConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from {low}")
-        for key in ("val_every", "save_every"):
+        for key, off in (("val_every", "never"), ("save_every", "never"), ("keep_checkpoints", "all")):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1:
-                raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from 1, or -1 for never")
+                raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from 1, or -1 for {off}")
+        if not isinstance(self.keep_best, bool):
+            raise ConfigError(f"run.keep_best is {self.keep_best!r}; allowed: true, false")
+        if self.verify_checkpoints not in VERIFY:
+            raise ConfigError(f"run.verify_checkpoints is {self.verify_checkpoints!r}; allowed: {', '.join(VERIFY)}")
         if self.platform not in (None, "cpu"):
             raise ConfigError(f"run.platform is {self.platform!r}; allowed: cpu or null")
 

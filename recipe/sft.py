@@ -25,8 +25,9 @@ from recipe.console_format import StepClock, format_number
 from recipe.environment import versions
 from recipe.output_folder import check_writable
 from recipe.preflight import check_attention
-from recipe.run_files import RunFiles, json_line, write_atomically
+from recipe.run_files import RunFiles, json_line
 from recipe.sft_settings import SftConfig, sft_config, verl_sft_config
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_writable
 from recipe.preflight import preflight
-from recipe.run_files import write_atomically
 from recipe.sample_data import read_questions
 from recipe.snr_settings import SnrConfig, snr_config
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.gradient_files import finished, read_gradients
 from verl_ext.sample_store import StoreError, differences
@@ -166,6 +166,8 @@ class _Sink:
         self.warning(f"{len(rows)} rows have a gradient that is not finite: question {rows[0]['question_id']}")
 
     def validated(self, seconds: float) -> None: ...
+
+    def saved(self, step: int, size: int) -> None: ...
 
     def validation_items(self, step: int, counts: dict[str, Any]) -> None: ...
 

@@ -21,8 +21,8 @@ from recipe.paced_theory import optimal_weight
 from recipe.report import SCRIPT
 from recipe.report import TEMPLATE as REPORT_TEMPLATE
 from recipe.report_charts import WIDE, Chart, nice_ticks, short
-from recipe.run_files import write_atomically
 from recipe.snr_statistics import EXACT, SnrBin, SnrReport
+from verl_ext.atomic import write_atomically
 from verl_ext.weighting import beta_kernel
 
 TEMPLATE = Path(__file__).with_name("snr.html.j2")

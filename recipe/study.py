@@ -19,7 +19,6 @@ from recipe.compose import ROOT, compose_config
 from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
 from recipe.output_folder import unused_folder
-from recipe.run_files import write_atomically
 from recipe.study_chart import study_svg
 from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
 from recipe.study_page import write_page
@@ -31,6 +30,7 @@ from recipe.study_rows import (
     row_path,
     table,
 )
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 Run = Callable[[DictConfig], Mapping[str, Any]]

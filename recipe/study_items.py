@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.run_files import write_atomically
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.sample_statistics import pass_at_k
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from recipe.console_format import format_seconds
-from recipe.run_files import RunFiles, as_number, to_plain, write_atomically
+from recipe.run_files import RunFiles, as_number, to_plain
 from recipe.study_file import Study, StudyRun
 from recipe.study_items import pack_items, write_questions
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 PATHS = ("report", "stages")  # of a summary: they hold paths

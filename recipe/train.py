@@ -11,14 +11,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from recipe.alarms import alarms, check_run
+from recipe.checkpoints import best_step, remove_old
 from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
+from recipe.preset_changes import preset_changes
 from recipe.report import build_report
 from recipe.run_files import RunFiles
+from verl_ext.checkpoint_saving import point_tracker
 from verl_ext.config import ConfigError
 from verl_ext.sample_store import StoreError
 
@@ -35,6 +39,7 @@ Often used keys:
   run.seed=N                data order, rollouts, demonstrations
   run.val_every=N           validate every N steps and after the last (-1: never)
   run.save_every=N          checkpoint every N steps (-1: never)
+  run.keep_checkpoints=N    keep the newest N and the best one (-1: all)
   distill.weighting.alpha=A distill.weighting.beta=B     question weight p^A (1-p)^B
   distill.teacher.update_rate=TAU                        EMA rate
   trainer.n_gpus_per_node=N trainer.nnodes=M             ranks
@@ -49,8 +54,10 @@ Options:
 class _Sink:
     """Takes the trainer's metrics to the run's files and the terminal."""
 
-    def __init__(self, files: RunFiles, console: RunConsole, started: float, resume_step: int) -> None:
-        self.files, self.console, self.started = files, console, started
+    def __init__(
+        self, config: DictConfig, files: RunFiles, console: RunConsole, started: float, resume_step: int
+    ) -> None:
+        self.config, self.files, self.console, self.started = config, files, console, started
         self.first_step = resume_step + 1
         self.seconds_to_first_step: float | None = None
         self.validation_seconds = 0.0
@@ -98,6 +105,18 @@ class _Sink:
         """Rows of an optimiser step that was skipped."""
         self.files.append_non_finite(rows)
 
+    def saved(self, step: int, size: int) -> None:
+        """Older checkpoints go, where only some are to be kept."""
+        run = self.config.run
+        metric = f"val/mean@{run.val_samples}"
+
+        def best(steps: list[int]) -> int | None:
+            return best_step(self.files.read_metrics(), metric, steps) if run.keep_best else None
+
+        removed = remove_old(Path(self.config.trainer.default_local_dir), run.keep_checkpoints, best)
+        gone = f"; removed: {', '.join(map(str, removed))}" if removed else ""
+        self.console.log(f"checkpoint of step {step} saved ({size / 1e9:.3g} GB){gone}")
+
 
 def step_record(values: dict[str, Any]) -> dict[str, Any]:
     """verl's metric names to ours where both mean the same; everything else is kept as it is."""
@@ -143,7 +162,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         from recipe import chain
 
         return chain.run(config)
-    resume_step = check_output_folder(config, output)
+    passed_over: list[str] = []
+    resume_step = check_output_folder(config, output, passed_over.append)
     files = RunFiles(output)
     with (
         files,
@@ -156,13 +176,17 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             tail_lines=config.run.log_tail,
         ) as screen,
     ):
+        for text in passed_over:
+            screen.note(f"warning: {text}")
         if resume_step:
+            # verl loads what its tracker names.
+            point_tracker(Path(config.trainer.default_local_dir), resume_step)
             files.truncate_to_step(resume_step)
             screen.note(f"resuming after step {resume_step} of {config.run.steps} from {output}")
         else:
             files.truncate_to_step(-1)
         files.write_config(OmegaConf.to_container(config, resolve=True))
-        sink = _Sink(files, screen, started, resume_step)
+        sink = _Sink(config, files, screen, started, resume_step)
         screen.phase("starting Ray")
         with importing("verl_ext.session"), ray_cluster(config):
             from verl_ext.early import start
@@ -173,10 +197,27 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
+        write_changes(files, config)
         summary["report"] = str(build_report(output))
         files.write_summary(summary)
+        if lines := alarm_lines(files, config):
+            screen.text("\n".join(lines))
         screen.summary(summary)
     return summary
+
+
+def write_changes(files: RunFiles, config: DictConfig) -> None:
+    """``changes.json``; presets that no longer compose are no reason to lose a finished run: it says so instead."""
+    try:
+        files.write_changes(preset_changes(config))
+    except ConfigError as error:
+        files.write_changes({"error": str(error)})
+
+
+def alarm_lines(files: RunFiles, config: DictConfig) -> list[str]:
+    """The alarms of a run, a line each, for the terminal."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    return [f"alarm: {one.line()}" for one in alarms(check_run(files.read_metrics(), files.read_completions(), plain))]
 
 
 def _output_folder(config: DictConfig) -> Path:

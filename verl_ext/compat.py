@@ -91,7 +91,7 @@ def requests_without_an_adapter() -> None:
 
 
 def receive_weights_on_own_socket() -> None:
-    """verl names the socket by which weights reach vLLM after Ray's job id, and the first job of any cluster is 01000000.
+    """verl names the socket by which weights reach vLLM after Ray's job id; the first job of any cluster is 01000000.
 
     Two clusters on one machine would share it. vLLM's worker process reads the job id from its environment.
     """
@@ -125,6 +125,23 @@ def saving_only(manager: Any, contents: list[str]) -> Iterator[None]:
     finally:
         manager.checkpoint_save_contents = before
         manager.previous_saved_paths = kept
+
+
+@contextmanager
+def saving_into(trainer: Any, folder: str) -> Iterator[Any]:
+    """verl saves into ``trainer.default_local_dir``, and writes its tracker there in place; inside, into ``folder``.
+
+    Yields the user's checkpoint callback, which verl would call too early: there is none inside.
+    """
+    from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+
+    block, callback = trainer.config.trainer, trainer.checkpoint_callback
+    before = block.default_local_dir
+    block.default_local_dir, trainer.checkpoint_callback = folder, CheckpointCallback(trainer.config)
+    try:
+        yield callback
+    finally:
+        block.default_local_dir, trainer.checkpoint_callback = before, callback
 
 
 def patch_for_cpu() -> None:

@@ -87,7 +87,7 @@ def checkpoint_weights(folder: str) -> Path:
     if shards is not None:
         raise ConfigError(
             f"the checkpoint {shards} holds the trainer's shards only; make a model folder of it with `python -m "
-            f"verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`, or train with "
+            "recipe.export RUN_DIR --output DIR` (RUN_DIR: run.output_dir of the run), or train with "
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"
         )
     raise ConfigError(f"the checkpoint {folder} holds no model: config.json and *.safetensors were expected in it")

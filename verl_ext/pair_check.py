@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -75,3 +76,12 @@ class PairCheck:
                 "(stale weights, another temperature, texts of another teacher)"
             )
         return {"preference/check": mean, "preference/check_errors": errors}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, in plain JSON types."""
+        return {"count": self._count, "sum": self._sum, "squares": self._squares, "warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned."""
+        self._count, self._warned = int(state["count"]), bool(state["warned"])
+        self._sum, self._squares = float(state["sum"]), float(state["squares"])

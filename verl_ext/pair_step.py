@@ -36,7 +36,7 @@ class PairStep:
     def __init__(self, distill: DistillConfig, config: DictConfig, warn: Callable[[str], None]) -> None:
         self._settings, self._config, self._warn = distill.preference, config, warn
         self._threshold = distill.context.success_threshold
-        self._check = PairCheck(distill, config, warn)
+        self.check = PairCheck(distill, config, warn)
 
     def beta(self, step: int) -> float:
         """The factor of the margin at a trainer step, from 1."""
@@ -89,7 +89,7 @@ class PairStep:
             log_prob=self._settings.log_prob,
         )
         _put(work, COEFFICIENT, torch.tensor([float(coefficients[i]) if i >= 0 else 0.0 for i in ids]))
-        return metrics | self._check.look(differences, whole=pairs.whole)
+        return metrics | self.check.look(differences, whole=pairs.whole)
 
 
 def _put(work: KVBatchMeta, name: str, column: torch.Tensor) -> None:

@@ -26,6 +26,9 @@ class StepSink(Protocol):
     def validated(self, seconds: float) -> None:
         """A validation took so long."""
 
+    def saved(self, step: int, size: int) -> None:
+        """The checkpoint of a step is complete; it has so many bytes."""
+
     def validation_items(self, step: int, counts: dict[str, Any]) -> None:
         """Right answers by question, see :func:`verl_ext.validation_items.item_counts`."""
 

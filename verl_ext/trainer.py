@@ -29,9 +29,14 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.utils.padding import response_to_nested
 
+from verl_ext import trainer_state
 from verl_ext.adapter import ADAPTER_OFF, has_own_weights, is_adapter_off, switching_servers
 from verl_ext.advantage import self_teacher_token_advantage
 from verl_ext.batch_plan import BatchPlan, plan_batch
+from verl_ext.checkpoint_manifest import STATE_FILE
+from verl_ext.checkpoint_saving import complete, partial_folder, step_folder
+from verl_ext.compat import saving_into
+from verl_ext.config import distill_config
 from verl_ext.loss import WEIGHT
 from verl_ext.non_finite import NonFiniteWatch
 from verl_ext.old_log_probs import OldLogProbs, old_log_probs
@@ -45,6 +50,7 @@ from verl_ext.rollout_correction import correct_rollouts
 from verl_ext.rollout_rows import RolloutRows, read_rows, read_verdicts
 from verl_ext.row_metrics import row_metrics, take_row_statistics, take_token_divergences
 from verl_ext.row_records import sampled_completions, sampled_rows, skipped_rows
+from verl_ext.stages import stage_after
 from verl_ext.step_sink import StepSink, Tee
 from verl_ext.teacher_checks import GapAlarm, check_equality
 from verl_ext.teacher_worker import POOL, start_teacher
@@ -491,15 +497,41 @@ class DistillTrainer(QuestionTrainer):
         return self.teacher_has_own_weights and self.distill.teacher.moves
 
     def _save_checkpoint(self) -> None:
-        # Ours first: verl writes the tracker last, so a checkpoint it names is whole.
-        if self._teacher_is_saved:
-            self.actor_rollout_wg.save_teacher(str(self._checkpoint / "teacher"))
-        self.questions.save(self._checkpoint)
-        super()._save_checkpoint()
+        checkpoints = Path(self.config.trainer.default_local_dir).absolute()
+        with partial_folder(checkpoints) as folder, saving_into(self, str(folder)) as callback:
+            saved = self._checkpoint
+            if self._teacher_is_saved:
+                self.actor_rollout_wg.save_teacher(str(saved / "teacher"))
+            self.questions.save(saved)
+            trainer_state.save(saved, self._state())
+            super()._save_checkpoint()
+            ranks = self.actor_rollout_wg.seal_checkpoint(str(saved))
+            manifest = complete(checkpoints, folder, self.global_steps, ranks)
+        # Now that it has its name and its marker; verl would call it before.
+        callback.on_save(
+            trainer=self, global_step=self.global_steps, checkpoint_dir=str(self._checkpoint), async_save=False
+        )
+        self.sink.saved(self.global_steps, manifest.bytes)
 
     @property
     def _checkpoint(self) -> Path:
-        return Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
+        return step_folder(Path(self.config.trainer.default_local_dir).absolute(), self.global_steps)
+
+    def _state(self) -> dict[str, Any]:
+        """Of this object, what a resumed run needs; the stage follows from the steps and is only compared."""
+        return {
+            "steps": self.global_steps,
+            "stage": self._stage,
+            "non_finite_in_a_row": self._non_finite.in_a_row,
+            "gap_measured": self._gap_alarm.measured,
+            "pair_check": self._pairs.check.state_dict() if self._pairs else None,
+        }
+
+    @property
+    def _stage(self) -> int:
+        """Of the last step done, from 1."""
+        first = distill_config(self.config.distill)
+        return 1 + (stage_after(first, self.global_steps - 1, self.config.run.steps) != first)
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -508,10 +540,19 @@ class DistillTrainer(QuestionTrainer):
         self._forgetting.resume(self.global_steps)
         if not self._resumed:
             return
-        self._gap_alarm.measured = True
         if self._teacher_is_saved:
             self.actor_rollout_wg.load_teacher(str(self._checkpoint / "teacher"))
         self.questions.load(self._checkpoint, self.global_steps)
+        state = trainer_state.load(self._checkpoint)
+        if (state["steps"], state["stage"]) != (self.global_steps, self._stage):
+            raise ValueError(
+                f"{self._checkpoint / STATE_FILE} was written after step {state['steps']} in stage "
+                f"{state['stage']}, expected step {self.global_steps} in stage {self._stage}"
+            )
+        self._non_finite.in_a_row = state["non_finite_in_a_row"]
+        self._gap_alarm.measured = state["gap_measured"]
+        if self._pairs:
+            self._pairs.check.load_state_dict(state["pair_check"])
 
     # ----------------------------------------------------------------------------------------------------- samples
 

@@ -26,6 +26,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from verl_ext import compat, engine, teacher
 from verl_ext.adapter import ADAPTER_OFF, is_adapter_off, uses_adapter
+from verl_ext.checkpoint_manifest import seal_files
+from verl_ext.checkpoint_saving import rank_files
 from verl_ext.config import DistillConfig, distill_config
 from verl_ext.gradient_sketch import GradientSketch
 from verl_ext.loss import WEIGHT, Loss
@@ -377,6 +379,11 @@ class DistillWorker(ActorRolloutRefWorker):
     def load_teacher(self, folder: str) -> None:
         """Reads this rank's fp32 shards."""
         teacher.load(self._teacher_shards(), Path(folder), self.rank, self.world_size)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def seal_checkpoint(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Size and checksum of what this rank has written into a checkpoint; it is on the disk afterwards."""
+        return seal_files(Path(folder), rank_files(Path(folder), self.rank))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def measure_gradients(self, dimensions: int, seed: int) -> None:

@@ -304,3 +304,39 @@ def test_both_ends_of_the_weight_transfer_name_the_socket_after_the_cluster() ->
     (sent, received), (own_sent, own_received) = (line.split() for line in done.stdout.splitlines()[-2:])
     assert sent == received == "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
     assert own_sent == own_received == "ipc:///tmp/rl-colocate-zmq-01000000-4d2.0a1b2c3d-replica-0-rank-0.sock"
+
+
+def test_verl_saves_its_files_and_its_tracker_into_another_folder_and_calls_nobody(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from verl_ext.compat import saving_into
+
+    saved: list[str] = []
+    callback = SimpleNamespace(on_save=lambda **arguments: saved.append("callback"))
+    checkpoints, folder = tmp_path / "checkpoints", tmp_path / "checkpoints" / ".partial"
+    trainer = SimpleNamespace(
+        config=OmegaConf.create(
+            {
+                "trainer": {"default_local_dir": str(checkpoints), "default_hdfs_dir": None},
+                "actor_rollout_ref": {"actor": {}},
+            }
+        ),
+        global_steps=7,
+        use_critic=False,
+        trainer_mode="sync",
+        checkpoint_callback=callback,
+        actor_rollout_wg=SimpleNamespace(save_checkpoint=lambda local, *_, max_ckpt_to_keep: saved.append(local)),
+        train_dataloader=SimpleNamespace(state_dict=dict),
+    )
+    with saving_into(trainer, str(folder)) as yielded:
+        PPOTrainerSync._save_checkpoint(trainer)
+    assert yielded is callback is trainer.checkpoint_callback
+    assert trainer.config.trainer.default_local_dir == str(checkpoints)
+    assert saved == [str(folder / "global_step_7" / "actor")]
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "7", "verl writes it in place: still needed"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".partial"]
+    PPOTrainerSync._save_checkpoint(trainer)
+    assert saved[-1] == "callback" and (checkpoints / "latest_checkpointed_iteration.txt").exists()

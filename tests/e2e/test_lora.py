@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import ray
 import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from recipe.compose import ROOT, compose_config
+from recipe.export import export
 
 pytestmark = pytest.mark.e2e
 
@@ -104,8 +107,6 @@ def largest_difference(model: Any, prompts: list[list[int]], answers: list[Any])
 
 
 def base_model() -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny_world" / "plain", dtype=torch.float32).eval()
 
 
@@ -147,6 +148,11 @@ def test_a_request_samples_from_the_base_weights_beside_others_that_do_not(lora:
     saved = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
     assert with_adapter(base, saved) > 0
     assert largest_difference(base, trainer.prompts, trainer.answers[True]) < 1e-4
+    # So does the model made of it, with the adapter merged.
+    (runs.folder / "lora" / "config.yaml").write_text(OmegaConf.to_yaml(trainer.config, resolve=True))
+    export(runs.folder / "lora", runs.folder / "merged_model")
+    merged = AutoModelForCausalLM.from_pretrained(runs.folder / "merged_model").eval()
+    assert largest_difference(merged, trainer.prompts, trainer.answers[True]) < 1e-4
 
 
 def with_adapter(model: Any, saved: dict[str, Any]) -> int:

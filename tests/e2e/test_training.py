@@ -10,6 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
+
+from recipe.checkpoints import the_complete
+from recipe.export import export
+from verl_ext.digest import digest
 
 pytestmark = pytest.mark.e2e
 
@@ -78,13 +83,29 @@ def test_kernel_exponents_of_zero_are_sdpo_bit_for_bit(runs, recorded, records):
 def test_four_steps_equal_two_and_a_resume_teacher_included(runs, recorded, records):
     output = runs.folder / "resumed"
     shutil.copytree(recorded[1], output)
-    shutil.rmtree(output / "checkpoints" / "global_step_4")
-    (output / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    damaged = output / "checkpoints" / "global_step_4" / "actor" / "optim_world_size_1_rank_0.pt"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
     runs("resumed", "method=sdpo", "run.save_every=2", "run.val_samples=2", steps=4)
+    log = (output / "run.log").read_text()
+    assert f"global_step_4: actor/{damaged.name} has changed" in log and "resuming after step 2 of 4" in log
     mine, reference = records(output), records(recorded[1])
+    for step in (2, 4):
+        assert the_complete(output / "checkpoints", step).world_size == 1, "the damaged one was saved again"
     assert [r["step"] for r in mine] == [1, 2, 3, 4]
     assert fingerprints(mine) == fingerprints(reference)
     assert len({r["fingerprint/teacher_0"] for r in mine[1:]}) == 3, "the teacher moves every step"
+
+
+def test_a_checkpoint_is_exported_as_the_weights_the_trainer_had(runs, recorded, records):
+    for step in (2, 4):
+        for of in ("student", "teacher"):
+            folder = runs.folder / f"exported_{of}_{step}"
+            export(recorded[1], folder, step=step, teacher=of == "teacher")
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            record = next(record for record in records(recorded[1]) if record["step"] == step)
+            assert digest(dict(model.named_parameters())) == record[f"fingerprint/{of}_0"]
 
 
 def test_two_packed_ranks_in_micro_batches_of_one_row_give_the_same_loss_and_gradient(runs, recorded, records):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -31,19 +32,12 @@ def config(**changes: object) -> DictConfig:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Callable[..., Path]:
+def folder(tmp_path: Path, make_checkpoint: Callable[..., Any]) -> Callable[..., Path]:
     """A run's folder with a checkpoint at step 20."""
 
     def make(made: DictConfig | None = None, ranks: int = 1, with_teacher: bool = True) -> Path:
         output = tmp_path / "run"
-        step = output / "checkpoints" / "global_step_20"
-        (step / "actor").mkdir(parents=True)
-        (step / "teacher").mkdir()
-        for rank in range(ranks):
-            (step / "actor" / f"model_world_size_{ranks}_rank_{rank}.pt").write_bytes(b"x")
-            if with_teacher:
-                (step / "teacher" / f"teacher_world_size_{ranks}_rank_{rank}.safetensors").write_bytes(b"x")
-        (output / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("20")
+        make_checkpoint(output / "checkpoints", 20, ranks, with_teacher)
         (output / "config.yaml").write_text(OmegaConf.to_yaml(made or config()))
         (output / "metrics.jsonl").write_text("{}\n")
         return output
@@ -108,11 +102,17 @@ def test_another_world_size_is_refused_with_both_sizes_named(folder: Callable[..
     assert "written by 1 ranks" in message and "this run has 4" in message
 
 
-def test_an_empty_tracker_is_refused_with_what_to_write(folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("text", ["", "7", "21", "none"])
+def test_a_tracker_that_is_empty_or_wrong_decides_nothing(folder: Callable[..., Path], text: str) -> None:
     output = folder()
-    (output / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
-    message = refusal(config(), output)
-    assert "latest_checkpointed_iteration.txt holds ''" in message and "step number" in message
+    (output / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(text)
+    assert check_output_folder(config(), output) == 20
+
+
+def test_a_tracker_whose_checkpoint_is_gone_is_no_new_run(folder: Callable[..., Path]) -> None:
+    output = folder()
+    shutil.rmtree(output / "checkpoints" / "global_step_20")
+    assert "without a checkpoint" in refusal(config(), output)
 
 
 def test_checkpoints_without_our_config_are_not_a_run_of_ours(folder: Callable[..., Path]) -> None:
@@ -121,16 +121,20 @@ def test_checkpoints_without_our_config_are_not_a_run_of_ours(folder: Callable[.
     assert "no config.yaml" in refusal(config(), output)
 
 
-@pytest.mark.parametrize(
-    "part", ["actor/model_world_size_1_rank_0.pt", "teacher/teacher_world_size_1_rank_0.safetensors"]
-)
-@pytest.mark.parametrize("damage", ["missing", "empty"])
-def test_an_incomplete_checkpoint_is_refused_by_the_file(folder: Callable[..., Path], part: str, damage: str) -> None:
+def test_the_only_checkpoint_is_refused_by_the_file_that_is_damaged(folder: Callable[..., Path]) -> None:
     output = folder()
-    path = output / "checkpoints" / "global_step_20" / part
-    path.unlink() if damage == "missing" else path.write_bytes(b"")
+    (output / "checkpoints" / "global_step_20" / "data.pt").unlink()
     message = refusal(config(), output)
-    assert path.name in message and "incomplete" in message
+    assert "global_step_20: data.pt is missing" in message and "another folder to start over" in message
+
+
+def test_a_checkpoint_saved_without_what_the_run_needs_is_refused_by_its_name(folder: Callable[..., Path]) -> None:
+    message = refusal(config(), folder(with_teacher=False))
+    assert "does not hold teacher/teacher_world_size_1_rank_0.safetensors" in message
+
+
+def test_another_way_to_resume_is_refused(folder: Callable[..., Path]) -> None:
+    assert "trainer.resume_mode is 'disable'" in refusal(config(trainer__resume_mode="disable"), folder())
 
 
 def test_a_method_without_an_average_needs_no_teacher_files(folder: Callable[..., Path]) -> None:
