@@ -221,10 +221,15 @@ def _detail(one: Answer) -> str:
     at = "" if question.step is None else f" at step {question.step}"
     text = f"`{question.first}` above `{question.second}`{by}, {one.metric or question.metric}{at}"
     if one.seeds:
-        text += f", {question.pairing} seeds {', '.join(map(str, one.seeds))}"
+        text += f", {question.pairing} seed{'s' * (len(one.seeds) > 1)} {_listed(one.seeds)}"
+        text += f" against {_listed(one.other_seeds)}" if one.other_seeds != one.seeds else ""
     if question.source:
         text += f". Claim: {question.source}"
     return text + "." + (f" Note: {one.note}." if one.note else "")
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
