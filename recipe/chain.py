@@ -316,6 +316,7 @@ STAGE: dict[str, Callable[[DictConfig, Path, Mapping[str, Any]], dict[str, Any]]
 def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Writes the run's files: one line of metrics for each evaluated model, in the order of the stages."""
     from recipe.report import build_report
+    from recipe.train import write_changes
 
     evaluated = record.get("evaluate", {}).get("summary", {})
     metric = f"val/mean@{config.run.val_samples}"
@@ -344,6 +345,7 @@ def _summary(config: DictConfig, folder: Path, record: Mapping[str, Any], second
             if store.is_dir():  # it may have been removed since, as the largest part of the folder
                 files.append_validation(step, _item_counts(store))
         files.write_summary(summary)
+        write_changes(files, config)
         if evaluated:
             summary["report"] = str(build_report(folder))
             files.write_summary(summary)

@@ -65,17 +65,34 @@ def compose_config(overrides: Sequence[str], name: str = "train") -> DictConfig:
     Raises:
         ConfigError: an override that does not exist, a wrong type or value; one message with what is allowed.
     """
+    config = _compose(overrides, name)
+    if "run" in config:
+        config.run.overrides = list(overrides)
+    check(config)
+    route_through_pool(config)
+    return config
+
+
+def compose_presets(overrides: Sequence[str], name: str = "train") -> DictConfig:
+    """What the presets say by themselves, not checked: a value that only the user can give may be missing.
+
+    Raises:
+        ConfigError: a preset that does not exist.
+    """
+    config = _compose(overrides, name)
+    route_through_pool(config)
+    return config
+
+
+def _compose(overrides: Sequence[str], name: str) -> DictConfig:
     _register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base=None):
             search_path = f"hydra.searchpath=[file://{_verl_config()}]"
-            config = compose(config_name=name, overrides=[search_path, *(_ours(o) for o in overrides)])
+            return compose(config_name=name, overrides=[search_path, *(_ours(o) for o in overrides)])
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(error, overrides)) from error
-    check(config)
-    route_through_pool(config)
-    return config
 
 
 def _verl_config() -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,14 +21,32 @@ import yaml
 from markupsafe import Markup
 
 from recipe import report_content
-from recipe.console_format import clean_line
-from recipe.run_files import RunFileError, as_number, read_json_lines, read_metric_records
+from recipe.alarms import alarms, check_run
+from recipe.report_changes import changes_view
+from recipe.report_completions import completions_view, shortened
+from recipe.report_curves import chart_groups
+from recipe.run_files import (
+    CHANGES_FILE,
+    RunFileError,
+    read_json_lines,
+    read_json_object,
+    read_metric_records,
+)
 from verl_ext.atomic import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MAX_COMPLETIONS = 48
-MAX_TEXT = 6000  # characters of a prompt, response or context; the whole text is in completions.jsonl
-MAX_CONFIG = 200_000
+TABLE_SCRIPT = Path(__file__).with_name("report_table.js")
+MAX_CONFIG = 200_000  # characters
+MAX_VALUE = 300
+COLUMNS = (
+    ("step", "step", "trainer step"),
+    ("reward", "reward", "what the verifier gave"),
+    ("p̂", "rate", "share of the question's rollouts that succeed"),
+    ("weight", "weight", "weight of the question in the loss"),
+    ("nats", "divergence", "divergence between student and teacher, mean over the response's tokens"),
+    ("tokens", "tokens", "length of the response, where it was recorded token by token"),
+    ("demo", "demo", "whether the teacher saw a demonstration"),
+)
 
 # Shows the hovered step's numbers above the chart; without script they are still there as the browser's own hover text.
 SCRIPT = """
@@ -62,11 +79,13 @@ def build_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
     completions_path = folder / "completions.jsonl"
     completions = read_json_lines(completions_path) if completions_path.exists() else []
     config = _read_config(folder / "config.yaml")
-    summary = _read_summary(folder / "summary.json")
+    summary_path = folder / "summary.json"
+    summary = read_json_object(summary_path) if summary_path.exists() else {}
 
     target = Path(out) if out is not None else folder / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, render(records, completions, config, summary, folder.resolve().name))
+    page = render(records, completions, config, summary, folder.resolve().name, changes_view(folder / CHANGES_FILE))
+    write_atomically(target, page)
     return target
 
 
@@ -76,8 +95,12 @@ def render(
     config: Mapping[str, Any] | None,
     summary: Mapping[str, Any],
     run_name: str,
+    changes: Mapping[str, Any],
 ) -> str:
-    """The page as text. All texts of the run are escaped: a model's output is not to be trusted with a browser."""
+    """The page as text; ``changes`` is of :func:`recipe.report_changes.changes_view`.
+
+    All texts of the run are escaped: a model's output is not to be trusted with a browser.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -85,71 +108,26 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = SCRIPT + TABLE_SCRIPT.read_text(encoding="utf-8")
     facts = report_content.describe(config or {}, summary, records)
     config_text = "" if config is None else yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)
-    chosen = report_content.choose_completions(completions, MAX_COMPLETIONS)
+    checks = check_run(records, completions, config)
     return environment.get_template(TEMPLATE.name).render(
         run_name=run_name,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         facts=facts,
         cards=report_content.key_numbers(records, summary),
-        alarms=report_content.alarms(records),
-        charts=report_content.charts(records, completions),
-        completions=[_completion(row) for row in chosen],
-        completion_total=len(completions),
-        config_text=_shortened(config_text, MAX_CONFIG, "config.yaml"),
-        script=Markup(SCRIPT),
+        alarms=alarms(checks),
+        checks=checks,
+        groups=chart_groups(records, completions),
+        table=completions_view(completions),
+        columns=COLUMNS,
+        changes=changes,
+        config_text=shortened(config_text, MAX_CONFIG, "config.yaml"),
+        script=Markup(script),
         # The browser runs this script and no other, whatever a completion contains.
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-_RESPONSE = {"teacher": "Response, sampled by the teacher", "student": "Response, sampled by the student"}
-
-
-def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One sampled completion as the template shows it."""
-    prompt, response = _text(row.get("prompt")), _text(row.get("response"))
-    context = _text(row.get("teacher_context"))
-    return {
-        "step": row.get("step", "–"),
-        "question": _text(row.get("question_id")),
-        "preview": " ".join(prompt[-400:].split())[-110:],
-        "reward": _figure(row.get("reward")),
-        "good": (as_number(row.get("reward")) or 0) > 0,
-        "pass_rate": _figure(row.get("pass_rate")),
-        "weight": _figure(row.get("weight")),
-        "demonstration": {True: "yes", False: "no"}.get(row.get("has_demonstration"), "–"),
-        "texts": [
-            ("Prompt", _shortened(prompt)),
-            (_RESPONSE.get(str(row.get("sampled_by")), "Response"), _shortened(response)),
-            ("Teacher context", _shortened(context) if context else "none"),
-        ],
-    }
-
-
-def _figure(value: Any) -> str:
-    number = as_number(value)
-    return "–" if number is None else f"{number:.3g}"
-
-
-def _text(value: Any) -> str:
-    """A prompt may be a string or a list of chat messages."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        text = value
-    elif isinstance(value, list) and all(isinstance(one, Mapping) and "content" in one for one in value):
-        text = "\n\n".join(f"[{one.get('role', '?')}]\n{_text(one['content'])}" for one in value)
-    else:
-        text = json.dumps(value, ensure_ascii=False, indent=1)
-    return "\n".join(clean_line(line) for line in text.split("\n"))
-
-
-def _shortened(text: str, limit: int = MAX_TEXT, where: str = "completions.jsonl") -> str:
-    if len(text) <= limit:
-        return text
-    return f"{text[:limit]}\n… {len(text) - limit} more characters in {where}"
 
 
 def _read_config(path: Path) -> Mapping[str, Any] | None:
@@ -162,18 +140,6 @@ def _read_config(path: Path) -> Mapping[str, Any] | None:
     if not isinstance(config, Mapping):
         raise RunFileError(f"{path}: expected a mapping, found {type(config).__name__}")
     return config
-
-
-def _read_summary(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFileError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(summary, Mapping):
-        raise RunFileError(f"{path}: expected a JSON object, found {type(summary).__name__}")
-    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

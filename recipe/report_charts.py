@@ -106,7 +106,7 @@ def thin(
     )
 
 
-class _Frame:
+class Frame:
     """Maps data to the drawing and draws what all charts share: grid, axes, labels, hover strips."""
 
     def __init__(
@@ -142,7 +142,13 @@ class _Frame:
         right = self.last if index == len(self.steps) - 1 else (step + self.steps[index + 1]) / 2
         return self.x(left), self.x(right)
 
-    def grid(self, labels: Sequence[tuple[float, str]] | None = None, lines: bool = True) -> None:
+    def grid(
+        self,
+        labels: Sequence[tuple[float, str]] | None = None,
+        lines: bool = True,
+        x_labels: Sequence[tuple[float, str]] | None = None,
+    ) -> None:
+        """Lines and labels of the axes; ``labels`` and ``x_labels`` are (place, text) in place of round numbers."""
         for value, text in labels if labels is not None else [(tick, self.fmt(tick)) for tick in self.ticks]:
             height = self.y(value)
             if lines:
@@ -155,10 +161,12 @@ class _Frame:
             )
         base = self.height - BOTTOM
         self.parts.append(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{base}" y2="{base}"/>')
-        for step in step_ticks(self.steps):
-            at = self.x(step)
+        for place, text in x_labels if x_labels is not None else [(one, str(one)) for one in step_ticks(self.steps)]:
+            at = self.x(place)
             self.parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{base}" y2="{base + 4}"/>')
-            self.parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 15}" text-anchor="middle">{step}</text>')
+            self.parts.append(
+                f'<text class="tick" x="{at:.1f}" y="{base + 15}" text-anchor="middle">{escape(text)}</text>'
+            )
         middle = (LEFT + self.width - RIGHT) / 2
         self.parts.append(
             f'<text class="label" x="{middle:.0f}" y="{self.height - 4}" text-anchor="middle">'
@@ -186,7 +194,8 @@ class _Frame:
         )
 
 
-def _span(values: Sequence[float | None], include: Sequence[float]) -> tuple[float, float] | None:
+def span(values: Sequence[float | None], include: Sequence[float]) -> tuple[float, float] | None:
+    """Smallest and largest of the values and of those to include; None where there is no value."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -194,7 +203,7 @@ def _span(values: Sequence[float | None], include: Sequence[float]) -> tuple[flo
     return min(known), max(known)
 
 
-def _path(frame: _Frame, values: Values, bridge: bool) -> str:
+def _path(frame: Frame, values: Values, bridge: bool) -> str:
     """The curve; where a value is missing it breaks, or is bridged for metrics that are measured only now and then."""
     commands, pen_down = [], False
     for step, value in zip(frame.steps, values, strict=True):
@@ -206,7 +215,7 @@ def _path(frame: _Frame, values: Values, bridge: bool) -> str:
     return "".join(commands)
 
 
-def _band(frame: _Frame, low: Values, high: Values) -> str:
+def _band(frame: Frame, low: Values, high: Values) -> str:
     points = [(s, a, b) for s, a, b in zip(frame.steps, low, high, strict=True) if a is not None and b is not None]
     if len(points) < 2:
         return ""
@@ -244,10 +253,10 @@ def line_chart(
         )
         for one in series
     ]
-    span = _span([value for column in thinned for value in column], include)
-    if span is None:
+    reach = span([value for column in thinned for value in column], include)
+    if reach is None:
         return None
-    frame = _Frame(steps, *span, fmt, y_label, WIDTH, HEIGHT, x_label)
+    frame = Frame(steps, *reach, fmt, y_label, WIDTH, HEIGHT, x_label)
     frame.grid()
     for one in series:
         if one.low is not None and one.high is not None and (points := _band(frame, one.low, one.high)):
@@ -288,7 +297,7 @@ def stacked_chart(
     totals = [sum(column[index] or 0 for column in columns) for index in range(len(steps))]
     if not totals or max(totals) <= 0:
         return None
-    frame = _Frame(steps, 0, max(totals), short, y_label, WIDE, HEIGHT)
+    frame = Frame(steps, 0, max(totals), short, y_label, WIDE, HEIGHT)
     frame.grid()
     for index, step in enumerate(steps):
         left, right = frame.edges(index)
@@ -322,7 +331,7 @@ def heat_map(
     rows = max(len(one) for one in known)
     columns = [[one[row] if one and row < len(one) else None for one in counts] for row in range(rows)]
     steps, columns, stretch = thin(steps, columns)
-    frame = _Frame(steps, -0.5, rows - 0.5, short, "successes", WIDE, 230)
+    frame = Frame(steps, -0.5, rows - 0.5, short, "successes", WIDE, 230)
     frame.low, frame.high = -0.5, rows - 0.5
     every = max(1, math.ceil(rows / 9))
     frame.grid([(row, str(row)) for row in range(0, rows, every)], lines=False)

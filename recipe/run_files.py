@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+CHANGES_FILE = "changes.json"
+
+
 class RunFileError(ValueError):
     """A file of the run is missing or cannot be read; the message names the file and, where there is one, the line."""
 
@@ -108,6 +111,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; RunFileError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFileError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise RunFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def read_metric_records(path: Path) -> list[dict[str, Any]]:
     """The metrics of a run in the order of their steps; of several lines for one step the last one counts."""
     by_step: dict[int, dict[str, Any]] = {}
@@ -159,6 +173,12 @@ class RunFiles:
         """Keep the run's final summary, so that a report made later shows the same numbers."""
         write_atomically(self.summary_path, json_line(summary, "summary") + "\n")
         return self.summary_path
+
+    def write_changes(self, changes: Mapping[str, Any]) -> Path:
+        """Write what the run changed against its presets (:func:`recipe.preset_changes.preset_changes`)."""
+        path = self.output_dir / CHANGES_FILE
+        write_atomically(path, json_line(changes, "changes") + "\n")
+        return path
 
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one step's metrics, to metrics.jsonl and to TensorBoard; returns the record as it was written."""

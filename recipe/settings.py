@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recipe.checkpoints import VERIFY
@@ -30,6 +30,8 @@ class RunConfig:
         quiet: no line per step.
         log_tail: lines of the log shown when something fails.
         ray_num_cpus: logical CPUs of a Ray cluster that this run starts; None: as many as its actors ask for.
+        overrides: the words of the command line, or of a study's entry, that this configuration was composed from; it
+            is filled in, whatever it is set to.
     """
 
     output_dir: str | None = None
@@ -46,6 +48,7 @@ class RunConfig:
     quiet: bool = False
     log_tail: int = 40
     ray_num_cpus: int | None = None
+    overrides: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raises ConfigError with the key, the value and what is allowed."""

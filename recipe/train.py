@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from recipe.alarms import alarms, check_run
 from recipe.checkpoints import best_step, remove_old
 from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.command import command_line, preset_lines
@@ -18,6 +19,7 @@ from recipe.compose import compose_config
 from recipe.console import RunConsole
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
+from recipe.preset_changes import preset_changes
 from recipe.report import build_report
 from recipe.run_files import RunFiles
 from verl_ext.checkpoint_saving import point_tracker
@@ -195,10 +197,27 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
+        write_changes(files, config)
         summary["report"] = str(build_report(output))
         files.write_summary(summary)
+        if lines := alarm_lines(files, config):
+            screen.text("\n".join(lines))
         screen.summary(summary)
     return summary
+
+
+def write_changes(files: RunFiles, config: DictConfig) -> None:
+    """``changes.json``; presets that no longer compose are no reason to lose a finished run: it says so instead."""
+    try:
+        files.write_changes(preset_changes(config))
+    except ConfigError as error:
+        files.write_changes({"error": str(error)})
+
+
+def alarm_lines(files: RunFiles, config: DictConfig) -> list[str]:
+    """The alarms of a run, a line each, for the terminal."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    return [f"alarm: {one.line()}" for one in alarms(check_run(files.read_metrics(), files.read_completions(), plain))]
 
 
 def _output_folder(config: DictConfig) -> Path:

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("VERL_PLATFORM", "cpu")
     os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "verl_ext.plugin")
+
+
+def _remember_parsed_yaml() -> None:
+    """Each text is parsed once in a process.
+
+    Hydra reads fifty YAML files for every configuration that a test composes, and parsing takes half of that time. What
+    comes out depends on the text alone; a changed file is another text, and every caller gets objects of its own.
+    """
+    load, parsed = OmegaConf.load, dict[str, Any]()
+
+    def remembered(file: Any) -> Any:
+        if not hasattr(file, "read"):
+            return load(file)
+        text = file.read()
+        if text not in parsed:
+            parsed[text] = OmegaConf.to_container(load(io.StringIO(text)))
+        return OmegaConf.create(parsed[text])
+
+    OmegaConf.load = staticmethod(remembered)
+
+
+_remember_parsed_yaml()
 
 
 @pytest.fixture(scope="session")

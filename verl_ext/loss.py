@@ -199,6 +199,8 @@ def truncated_ratio(log_probs: torch.Tensor, other_log_probs: torch.Tensor, limi
 def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data: TensorDict) -> dict[str, list]:
     """Means over the response of every distilled row; ``gap`` is log pi_T(y_t) - log pi_S(y_t).
 
+    ``student_nll`` is -log pi_S(y_t). On the student's own rollouts its mean is an unbiased estimate of the policy's
+    entropy, H = E_y[-log pi_S(y)], for nothing: the log-probabilities are there.
     ``top_share`` is the share of the row's divergence that falls on the ``TOP_TOKENS`` of its tokens with the largest
     (at least one token; 0 where the divergence is 0).
 
@@ -211,6 +213,7 @@ def row_statistics(values: dict[str, torch.Tensor], mask_BT: torch.Tensor, data:
         "divergence": values["divergence"].detach(),
         "gap": values["teacher_log_probs"] - values["student_log_probs"],
         "teacher_entropy": values["teacher_entropy"],
+        "student_nll": -values["student_log_probs"],
         "student_mass": values["student_mass"],
         "teacher_mass": values["teacher_mass"],
     }

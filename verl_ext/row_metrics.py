@@ -17,6 +17,7 @@ MEANS = {
     "divergence": "distill/divergence",
     "top_share": "distill/top5_share",
     "teacher_entropy": "teacher/entropy",
+    "student_nll": "student/nll",
     "teacher_mass": "teacher/topk_mass",
     "student_mass": "student/topk_mass",
 }

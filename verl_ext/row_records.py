@@ -11,6 +11,7 @@ from verl_ext.batch_plan import BatchPlan
 from verl_ext.rollout_rows import RolloutRows
 
 DIGITS = 5  # of a divergence in a record
+UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are not yet a character
 
 
 def row_record(rows: RolloutRows, plan: BatchPlan, i: int) -> dict[str, Any]:
@@ -37,6 +38,27 @@ def sampled_rows(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined they are the text of all of them.
+
+    A token that ends inside a character (bytes of a byte-level vocabulary) has no text of its own: the token that
+    completes the character has it. Vocabularies that write a space only between tokens keep it.
+    """
+    alone = [tokenizer.decode([token]) for token in ids]
+    if "".join(alone) == tokenizer.decode(ids):
+        return alone
+    texts: list[str] = []
+    context = told = 0  # tokens [context, told) have their text, and are decoded again for what they do to the next one
+    for end in range(1, len(ids) + 1):
+        before, after = tokenizer.decode(ids[context:told]), tokenizer.decode(ids[context:end])
+        if after.endswith(UNFINISHED) and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(after[len(before) :])
+        context, told = told, end
+    return texts
+
+
 def sampled_completions(
     rows: RolloutRows,
     plan: BatchPlan,
@@ -50,7 +72,7 @@ def sampled_completions(
     for i in chosen:
         record = {"step": step, **row_record(rows, plan, i)}
         if i in divergences:
-            record["tokens"] = [tokenizer.decode([token]) for token in rows.data["responses"][i].tolist()]
+            record["tokens"] = token_texts(tokenizer, rows.data["responses"][i].tolist())
             record["divergence"] = [round(value, DIGITS) for value in divergences[i]]
         records.append(record)
     return records

@@ -81,7 +81,10 @@ def test_the_configs_of_the_other_commands_compose() -> None:
     assert compose_config(["sample.out=x", "text.out=y"], name="teacher_text").text.key == "teacher_text"
 
 
-STUDIES = {"paced": 3, "paced_ablations": 3, "opsd": 1, "pbsd": 3, "pbsd_stability": 3, "pbsd_teachers": 3}
+STUDIES = {
+    **{"paced": 3, "paced_ablations": 3, "opsd": 1, "pbsd": 3, "pbsd_stability": 3, "pbsd_teachers": 3},
+    **{"sc_sdpo": 8, "sc_sdpo_ablations": 3, "sdpo_ablations": 3},
+}
 
 
 @pytest.mark.parametrize(("name", "seeds"), STUDIES.items())
@@ -90,9 +93,29 @@ def test_every_entry_of_a_declared_study_composes(name: str, seeds: int) -> None
     first = {run.entry: run for run in study.runs if run.seed == 0}
     assert len(first) == len(study.entries) and len(study.runs) == seeds * len(first)
     composed = {entry: compose_config(run.overrides) for entry, run in first.items()}
-    parts = ("distill", "actor_rollout_ref.model.path", "actor_rollout_ref.actor.optim.lr")
+    parts = ("distill", "actor_rollout_ref.model.path", "actor_rollout_ref.actor.optim.lr", "data.train_batch_size")
     different = {tuple(str(OmegaConf.select(config, key)) for key in parts) for config in composed.values()}
     assert len(different) == len(composed), "no entry repeats another"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("sc_sdpo_solved", "data.train_files", str(ROOT / "data/tiny_world_solved/train.parquet")),
+        ("sc_sdpo_strict", "verifier.options.mode", "strict"),
+        ("sc_sdpo_learning_rates", "actor_rollout_ref.actor.optim.lr", 2e-4),
+    ],
+)
+def test_the_studies_around_sc_sdpo_s_differ_from_it_in_one_thing(name: str, key: str, value: object) -> None:
+    main, other = (read_study(CONF / "study" / f"{one}.yaml") for one in ("sc_sdpo", name))
+    assert OmegaConf.select(compose_config(other.runs[0].overrides), key) == value
+    shared = set(main.runs[0].overrides) - {"data=tiny_world"}
+    assert all(shared - {"method=sc_sdpo"} <= set(run.overrides) for run in other.runs)
+    if name == "sc_sdpo_learning_rates":
+        assert not {run.seed for run in main.runs} & {run.seed for run in other.runs}, "tuned on seeds of its own"
+    else:
+        assert [run.seed for run in other.runs] == [run.seed for run in main.runs]
+        assert other.questions == main.questions
 
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:

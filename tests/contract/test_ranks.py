@@ -502,6 +502,7 @@ def token_divergence(
     at_s, at_t = log_s.gather(-1, tokens[:, None])[:, 0], log_t.gather(-1, tokens[:, None])[:, 0]
     out = {
         "log_prob": at_s,
+        "student_nll": -at_s,
         "gap": at_t - at_s.detach(),
         "teacher_entropy": -(log_t.exp() * log_t).sum(-1),
         "entropy": -(log_s.exp() * log_s).sum(-1),
@@ -639,7 +640,7 @@ class Textbook:
                 continue
             rows[i] = {
                 name: float((values[name].detach() * mask).sum() / mask.sum())
-                for name in ("divergence", "gap", "teacher_entropy", "student_mass", "teacher_mass")
+                for name in ("divergence", "gap", "teacher_entropy", "student_nll", "student_mass", "teacher_mass")
                 if name in values
             }
             ratios[i] = values["gap"]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -54,6 +55,17 @@ def test_a_run_leaves_what_its_user_expects(recorded, records):
         assert 0 < record["rows/train_share"] <= 1 and sum(record["pass_rate/histogram"]) == 6
         # verl's warm-up starts at a learning rate of 0: after the first step the two are still equal.
         assert record["teacher/moved"] == 1 and (record["teacher/distance"] > 0) == (record["step"] > 1)
+
+
+def test_right_answers_by_question_give_the_validation_s_mean(recorded, data):
+    output = recorded[1]
+    (counts,) = [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+    before = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    asked = [row["extra_info"]["question_id"] for row in pq.read_table(data / "test.parquet").to_pylist()]
+    assert counts["step"] == before["step"] == 0 and counts["samples"] == 2
+    assert counts["items"] == sorted(asked) and set(counts["sources"]) == {"tiny_world"}
+    assert counts["judged"] == [2] * 12
+    assert sum(counts["right"]) / 24 == pytest.approx(before["val/mean@2"], abs=1e-12)
 
 
 def test_teacher_and_student_agree_before_the_first_step(recorded, records):

@@ -368,7 +368,7 @@ def test_it_is_sent_to_the_workers_by_pickle() -> None:
 
 # ---------------------------------------------------------------------------------------------- statistics of the rows
 
-MEANS = ("divergence", "gap", "teacher_entropy", "student_mass", "teacher_mass")
+MEANS = ("divergence", "gap", "teacher_entropy", "student_nll", "student_mass", "teacher_mass")
 STATISTICS = {f"rows/{name}" for name in ("id", *MEANS, "top_share", "token_divergence")}
 
 
@@ -382,7 +382,7 @@ def test_the_statistics_are_means_over_the_tokens_of_every_distilled_row() -> No
     found = row_statistics(values, MASK, micro_batch([1.0, 0.0, 0.5]))
     assert set(found) == STATISTICS and found["rows/id"] == [4, 6]
     gap = values["teacher_log_probs"] - values["student_log_probs"]
-    for name, value in {**values, "gap": gap}.items():
+    for name, value in {**values, "gap": gap, "student_nll": -values["student_log_probs"]}.items():
         if f"rows/{name}" in STATISTICS:
             expected = [float(value[0].mean()), float(value[2, :2].mean())]
             assert found[f"rows/{name}"] == pytest.approx(expected), name

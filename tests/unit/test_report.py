@@ -12,8 +12,18 @@ import pytest
 import yaml
 
 from recipe.report import build_report, main
-from recipe.report_charts import Series, heat_map, line_chart, nice_ticks, percent, short, step_ticks, thin
-from recipe.report_content import alarms, charts, choose_completions, key_numbers
+from recipe.report_bars import grouped_bars
+from recipe.report_charts import Chart, Series, heat_map, line_chart, nice_ticks, percent, short, step_ticks, thin
+from recipe.report_completions import (
+    LEVELS,
+    MAX_TOKENS,
+    choose_completions,
+    completions_view,
+    divergence_scale,
+    level_of,
+)
+from recipe.report_content import key_numbers
+from recipe.report_curves import chart_groups
 from recipe.run_files import RunFileError, RunFiles
 
 ROLLOUTS, QUESTIONS = 8, 32
@@ -52,6 +62,24 @@ def write_run(folder: Path, steps: int = 40, completions_a_step: int = 8) -> Run
                 "pass_rate/histogram": [wins.count(count) for count in range(ROLLOUTS + 1)],
                 "weight/effective_sample_size": sum(weights) ** 2 / sum(weight**2 for weight in weights),
                 "rows/train_share": sum(weight > 0 for weight in weights) / QUESTIONS,
+                "weight/largest": 1.9,
+                "weight/mean": 1.0,
+                "weight/active_share": sum(weight > 0 for weight in weights) / QUESTIONS,
+                "pass_rate/questions": QUESTIONS,
+                "context/rows": QUESTIONS * ROLLOUTS,
+                "context/with_demonstration": QUESTIONS * ROLLOUTS * 0.8,
+                "teacher/gap_wrong": -0.3 + rng.gauss(0, 0.05),
+                "teacher/entropy": 0.2,
+                "teacher/distance": 0.01 * step,
+                "student/nll": 0.35 - 0.1 * skill,
+                "response/truncated": 0.02,
+                "distill/divergence_right": 0.04,
+                "distill/divergence_wrong": 0.06,
+                **{
+                    f"by_pass_rate/{name}/{bin_name}": rng.gauss(0.1, 0.02)
+                    for name in ("gap", "divergence")
+                    for bin_name in ("p0_25", "p25_50", "p50_75", "p75_100")
+                },
                 "teacher/gap": 0.2 * math.exp(-step / 30) + rng.gauss(0, 0.015),
                 "time/rollout": 12 + 3 * skill + rng.random(),
                 "time/student_pass": 1.2 + 0.1 * rng.random(),
@@ -99,28 +127,56 @@ def page_of(files: RunFiles) -> str:
     return build_report(files.output_dir).read_text(encoding="utf-8")
 
 
+def all_charts(records: list, completions: list | tuple = ()) -> dict[str, Chart]:
+    return {chart.title: chart for _, charts in chart_groups(records, completions) for chart in charts}
+
+
 def test_report_shows_every_part(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
-    for title in (
+    titles = (
         "Validation accuracy",
         "Training reward",
-        "Loss",
         "Pass rate",
+        "Pass rates over time",
+        "Loss",
+        "Gradient norm",
         "Rows that train",
         "Effective sample size",
+        "Question weights",
         "Teacher gap",
+        "Teacher gap on wrong answers",
+        "Rows with a demonstration",
+        "Gap by pass rate",
+        "Divergence by pass rate",
+        "Divergence by outcome",
+        "Teacher against student weights",
         "Response length",
-        "Gradient norm",
+        "Responses cut",
+        "Entropy",
         "Seconds by phase",
-        "Pass rates over time",
-    ):
+    )
+    for title in titles:
         assert f"<h3>{title}</h3>" in page
-    assert page.count("<svg") == 11
+    assert page.count("<svg") == len(titles)
     for text in ("sc_sdpo", "Qwen/Qwen3-8B", "sciknoweval_physics.parquet", "verl 0.9.1", "2 nodes", "1 min 34 s"):
         assert text in page
     assert "total_training_steps: 40" in page
-    assert "actor/grad_norm was not finite (step 17)" in page
+    assert "<strong>loss or gradient was not finite</strong>: step 17; actor/grad_norm" in page
+    assert "Threshold: every value finite." in page and "checks quiet" in page
     assert re.search(r"<title>step 12: \d+ of 32 questions", page)
+    assert "changes.json is written when a run ends" in page
+
+
+def test_changes_against_the_presets_are_shown(tmp_path: Path) -> None:
+    files = write_run(tmp_path / "run", steps=2)
+    change = {"key": "run.steps", "preset": 40, "run": "<b>7", "set": True}
+    files.write_changes({"presets": ["method=sdpo"], "changes": [change, change | {"key": "trainer.x", "set": False}]})
+    page = page_of(files)
+    assert "Presets chosen: method=sdpo." in page and "1 more keys" in page
+    row = '<td class="key set">run.steps</td><td class="was">40</td><td class="is">&lt;b&gt;7</td>'
+    assert row in page and '<td class="key">trainer.x</td>' in page
+    files.write_changes({"error": "method=gone does not exist"})
+    assert "Not known: method=gone does not exist" in page_of(files)
 
 
 def test_report_is_self_contained(tmp_path: Path) -> None:
@@ -135,7 +191,8 @@ def test_model_text_is_escaped(tmp_path: Path) -> None:
     files = write_run(tmp_path / "run", steps=2)
     attack = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\ud800"
     row = {"step": 2, "question_id": attack, "prompt": attack, "response": attack, "teacher_context": [attack]}
-    files.append_completions([row])
+    files.append_completions([row, row | {"tokens": [attack, "'\"><b>"], "divergence": [0.1, 0.2]}])
+    files.append_completions([{key: attack for key in ("step", "reward", "weight", "has_demonstration")}])
     files.append_metrics(3, {f"val/{'<b>'}/mean@8": 0.5})
     page = page_of(files)
     assert page.count("<script") == 1 and page.count("</script>") == 1
@@ -144,11 +201,21 @@ def test_model_text_is_escaped(tmp_path: Path) -> None:
 
 
 def test_two_hundred_steps_stay_small(tmp_path: Path) -> None:
-    files = write_run(tmp_path / "run", steps=200)
+    files = write_run(tmp_path / "run", steps=200, completions_a_step=0)
     files.append_completions([{"step": 201, "prompt": "p" * 3_000_000, "response": "r"}])
+    # As long as responses may get, and every character five in HTML.
+    tokens = ["<&>"] * 4000
+    rows = [
+        {"step": step, "prompt": "<" * 8000, "response": "".join(tokens), "teacher_context": "&" * 20000}
+        | {"tokens": tokens, "divergence": [0.01 * (i % 40) for i in range(4000)]}
+        for step in range(1, 201, 20)
+        for _ in range(4)
+    ]
+    files.append_completions(rows)
     path = build_report(files.output_dir)
-    assert path.stat().st_size < 5_000_000
-    assert "more characters in completions.jsonl" in path.read_text(encoding="utf-8")
+    assert 1_000_000 < path.stat().st_size < 5_000_000
+    page = path.read_text(encoding="utf-8")
+    assert "more characters in completions.jsonl" in page and "more tokens in completions.jsonl" in page
 
 
 def test_long_runs_are_averaged_and_say_so(tmp_path: Path) -> None:
@@ -220,18 +287,6 @@ def test_a_torn_last_line_is_no_error(tmp_path: Path) -> None:
     assert "Validation accuracy" in page_of(files)
 
 
-def test_alarms() -> None:
-    records = [
-        {"step": 0, "val/mean@8": 0.5},
-        {"step": 1, "distill/loss": None, "rows/train_share": 0.0, "pass_rate/histogram": [4, 0, 0], "teacher/gap": -1},
-        {"step": 2, "distill/loss": 0.1, "rows/train_share": 0.5, "pass_rate/histogram": [2, 1, 1], "val/mean@8": 0.4},
-    ]
-    text = "\n".join(alarms(records))
-    for part in ("distill/loss was not finite (step 1)", "no row trained", "no question had", "gap below", "is lower"):
-        assert part in text
-    assert alarms([{"step": 0, "val/mean@8": 0.4}, {"step": 1, "distill/loss": 0.1, "val/mean@8": 0.5}]) == []
-
-
 def test_key_numbers_prefer_the_metric_of_the_summary() -> None:
     records = [{"step": 0, "val/mean@8": 0.25, "val/maj@8": 0.5}, {"step": 9, "val/mean@8": 0.5, "val/maj@8": 0.25}]
     assert key_numbers(records, {})[0].value == "25% → 50%"
@@ -242,8 +297,29 @@ def test_key_numbers_prefer_the_metric_of_the_summary() -> None:
 
 def test_the_share_on_few_tokens_is_drawn_by_outcome() -> None:
     records = [{"step": step, "distill/top5_share_right": 0.5, "distill/top5_share_wrong": 0.75} for step in (1, 2, 3)]
-    chart = next(one for one in charts(records) if one.title == "Divergence on the top 5% of tokens")
+    chart = all_charts(records)["Divergence on the top 5% of tokens"]
     assert "step 2: right answers 50%, wrong answers 75%" in chart.svg
+
+
+def test_the_gap_is_drawn_by_pass_rate_in_three_stretches_of_the_run() -> None:
+    key = "by_pass_rate/gap/"
+    records = [{"step": 0}] + [
+        {"step": step, f"{key}p0_25": float(step), f"{key}p75_100": None if step < 5 else -1.0} for step in range(1, 7)
+    ]
+    chart = all_charts(records)["Gap by pass rate"]
+    assert [name for name, _ in chart.legend] == ["steps 1 to 2", "steps 3 to 4", "steps 5 to 6"]
+    assert "0 to 25%: steps 1 to 2 1.5, steps 3 to 4 3.5, steps 5 to 6 5.5<" in chart.svg
+    assert "75 to 100%: steps 5 to 6 -1<" in chart.svg
+    assert [name for name, _ in all_charts(records[:2])["Gap by pass rate"].legend] == ["step 1"]
+    assert "Gap by pass rate" not in all_charts(records[:1])
+
+
+def test_bars_stand_on_zero() -> None:
+    chart = grouped_bars("t", ["a", "b"], [Series("s", [2.0, -1.0], 3)])
+    bars = re.findall(r'class="f3" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', chart.svg)
+    (top, height), (zero, depth) = [tuple(map(float, bar)) for bar in bars]
+    assert zero == pytest.approx(top + height, abs=0.11) and height == pytest.approx(2 * depth, abs=0.2)
+    assert grouped_bars("t", ["a"], [Series("s", [None])]) is None
 
 
 def test_the_divergence_along_the_response_is_drawn_by_outcome() -> None:
@@ -253,10 +329,10 @@ def test_the_divergence_along_the_response_is_drawn_by_outcome() -> None:
         {"reward": 0.0, "divergence": [None, 1.0]},  # not finite in the run
         {"reward": 0.0},
     ]
-    chart = next(one for one in charts([{"step": 1}], rows) if one.title == "Divergence along the response")
+    chart = all_charts([{"step": 1}], rows)["Divergence along the response"]
     assert [name for name, _ in chart.legend] == ["right answers (1)", "wrong answers (1)"]
     assert "% of the response 98: right answers (1) 0.2, wrong answers (1) 1" in chart.svg and ">step<" not in chart.svg
-    assert all(one.title != "Divergence along the response" for one in charts([{"step": 1}], rows[2:]))
+    assert "Divergence along the response" not in all_charts([{"step": 1}], rows[2:])
 
 
 def test_choice_of_completions_covers_the_run() -> None:
@@ -266,6 +342,47 @@ def test_choice_of_completions_covers_the_run() -> None:
     assert len(chosen) == 48 and steps[0] == 1 and steps[-1] == 100 and len(set(steps)) == 12
     assert choose_completions([], 48) == []
     assert len(choose_completions(rows[:3], 48)) == 3
+
+
+def row_of(tokens: list, divergence: list, **more: object) -> dict:
+    row = {"step": 1, "prompt": "p", "response": "".join(tokens), "tokens": tokens, "divergence": divergence}
+    return row | more
+
+
+def test_tokens_keep_their_place_and_get_a_colour_by_their_divergence() -> None:
+    tokens, values = ["a", "", "\x1b🙂\r", "\n", "b"], [0.0, 1.0, -1.0, 0.25, None]
+    view = completions_view([row_of(tokens, values)])
+    shown = view.rows[0].tokens
+    assert shown.text == "a🙂\nb" and shown.lengths == "1,0,1,1,1" and shown.nats == "0,1,-1,0.25,"
+    assert shown.levels == "06f3x"
+    assert [text for text, _ in shown.top] == ["(part of a character)", "🙂", "⏎"]
+    assert [level for level, _ in view.legend] == ["f", "d", "b", "0", "2", "4", "6"]
+    assert view.legend[-1] == ("6", "1") and view.legend[0] == ("f", "-1")
+    assert view.rows[0].cells["divergence"] == "0.0625" and view.rows[0].cells["tokens"] == "5"
+
+
+def test_the_scale_is_the_runs_and_not_its_largest_token() -> None:
+    rows = [row_of(["t"] * 100, [0.5] * 99 + [50.0])]
+    assert divergence_scale(rows) == 0.5 and divergence_scale([{"step": 1}]) == 0.0
+    assert [level_of(value, 0.5) for value in (0.0, 0.5, 50.0, None)] == ["0", str(LEVELS), str(LEVELS), "x"]
+    assert level_of(0.3, 0.0) == "0"
+
+
+def test_rows_without_tokens_or_with_broken_ones_show_their_response() -> None:
+    for row in (row_of(["a"], [0.1, 0.2]), row_of([], []), {"step": 1, "response": "a", "tokens": "a"}):
+        view = completions_view([row])
+        assert view.rows[0].tokens is None and view.legend == []
+        assert [title for title, _ in view.rows[0].texts] == ["Prompt", "Response", "Teacher context"]
+
+
+def test_long_rows_are_cut_to_the_budget() -> None:
+    long = row_of(["word "] * 5000, [0.1] * 5000, prompt="<" * 9000)
+    view = completions_view([long] * 40, budget=100_000)
+    assert 0 < len(view.rows) < 40 and view.total == 40
+    assert sum(len(row.tokens.text) for row in view.rows) < 100_000
+    one = completions_view([row_of(["w"] * 5000, [0.1] * 5000)]).rows[0].tokens
+    assert one.left_out == 5000 - MAX_TOKENS and len(one.levels) == MAX_TOKENS == len(one.nats.split(","))
+    assert completions_view([long], budget=10).rows == []
 
 
 def test_chart_pieces() -> None:

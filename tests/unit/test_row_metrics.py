@@ -10,7 +10,7 @@ import pytest
 from verl_ext.loss import ROW_STATISTICS
 from verl_ext.row_metrics import MEANS, PASS_RATE_BINS, row_metrics, take_row_statistics, take_token_divergences
 
-NAMES = ("gap", "divergence", "top_share", "teacher_entropy", "student_mass", "teacher_mass")
+NAMES = ("gap", "divergence", "top_share", "teacher_entropy", "student_nll", "student_mass", "teacher_mass")
 
 
 def rows_of(ids: list[int], gaps: list[float], **others: list[float]) -> dict[str, np.ndarray]:
@@ -84,7 +84,11 @@ def test_rows_are_matched_by_their_id_not_by_their_place() -> None:
     right, rates = [False, True, False], [0.1, 0.6, 0.9]
     one = row_metrics(rows_of([0, 1, 2], [1.0, 2.0, 3.0]), right_N=right, pass_rates_N=rates, on_support=False)
     other = row_metrics(
-        rows_of([2, 0, 1], [3.0, 1.0, 2.0], divergence=[2, 0, 1], top_share=[2, 0, 1], teacher_entropy=[2, 0, 1]),
+        rows_of(
+            [2, 0, 1],
+            [3.0, 1.0, 2.0],
+            **{name: [2, 0, 1] for name in ("divergence", "top_share", "teacher_entropy", "student_nll")},
+        ),
         right_N=right,
         pass_rates_N=rates,
         on_support=False,
