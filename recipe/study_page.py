@@ -16,12 +16,13 @@ from typing import Any
 
 from recipe.console_format import format_seconds
 from recipe.intervals import Interval
-from recipe.run_files import as_number, write_atomically
+from recipe.run_files import as_number
 from recipe.study_answers import Answer, EntryAccuracy, answer, entry_accuracy, rows_of
 from recipe.study_chart import study_svg
 from recipe.study_curves import curves_svg
 from recipe.study_file import Study, StudyRun
 from recipe.study_rows import expected_seconds, line
+from verl_ext.atomic import write_atomically
 
 Rows = Mapping[str, Mapping[str, Any]]
 
