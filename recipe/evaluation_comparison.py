@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,22 +82,28 @@ def item_shares(evaluation: Evaluation, metric: str, samples: int | None = None)
     wanted = found if samples is None else samples
     if not 1 <= wanted <= found:
         raise ComparisonError(f"{evaluation.folder}: --samples {wanted}; it has {found} samples an item")
-    name, _, k_text = metric.partition("@")
-    if not (metric in ("mean", "maj") or (name == "pass" and k_text.isdigit() and int(k_text) >= 1)):
-        raise ComparisonError(f"--metric {metric}; allowed: mean, maj, pass@k")
-    if name == "pass" and int(k_text) > wanted:
-        raise ComparisonError(f"{evaluation.folder}: --metric {metric} needs {k_text} samples an item, found {wanted}")
+    needed = _verdicts_needed(metric)
+    if needed > wanted:
+        raise ComparisonError(f"{evaluation.folder}: --metric {metric} needs {needed} samples an item, found {wanted}")
     items = [item.first(wanted) for item in evaluation.items]
-    needed = int(k_text) if name == "pass" else 1
     if short := [item.item for item in items if len(item.verdicts) < needed]:
         raise ComparisonError(
             f"{evaluation.folder}: {len(short)} items have fewer than {needed} verdicts, because the verifier could "
             f"not judge the rest: {', '.join(short[:NAMED])}; --leave-out-unjudged goes without them in both"
         )
-    answers = [item.votes for item in items] if name == "maj" else None
-    ks = [needed] if name == "pass" else []
-    scores = question_scores([item.verdicts for item in items], answers, samples=wanted, ks=ks)
-    return scores[metric if name == "pass" else f"{name}@{wanted}"]
+    answers = [item.votes for item in items] if metric == "maj" else None
+    passes = metric not in ("mean", "maj")
+    scores = question_scores([item.verdicts for item in items], answers, samples=wanted, ks=[needed] if passes else [])
+    return scores[f"pass@{needed}" if passes else f"{metric}@{wanted}"]
+
+
+def _verdicts_needed(metric: str) -> int:
+    if metric in ("mean", "maj"):
+        return 1
+    found = re.fullmatch(r"pass@([1-9][0-9]{0,8})", metric)
+    if found is None:
+        raise ComparisonError(f"--metric {metric}; allowed: mean, maj, pass@k")
+    return int(found.group(1))
 
 
 def check_comparable(evaluations: Sequence[Evaluation], *, other_settings: bool = False) -> list[str]:
@@ -157,7 +164,7 @@ def compare_groups(
         if not group:
             raise ComparisonError(f"{name} group is empty; give at least one evaluation")
     if leave_out_unjudged:
-        needed = int(metric.partition("@")[2] or 1)
+        needed = _verdicts_needed(metric)
         few = {
             item.item
             for evaluation in (*first, *second)

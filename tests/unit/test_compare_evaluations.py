@@ -158,7 +158,8 @@ def test_what_cannot_be_compared_is_refused_by_name(write: Write, capsys: pytest
     assert "--samples 5; it has 4 samples an item" in refused(capsys, a, b, "--samples", "5")
     assert "--metric pass@8 needs 8 samples an item, found 4" in refused(capsys, a, b, "--metric", "pass@8")
     for metric in ("avg", "pass@", "pass@0", "mean@4"):
-        assert f"--metric {metric}; allowed: mean, maj, pass@k" in refused(capsys, a, b, "--metric", metric)
+        for more in ([], ["--leave-out-unjudged"]):
+            assert f"--metric {metric}; allowed: mean, maj, pass@k" in refused(capsys, a, b, "--metric", metric, *more)
     assert "needs at least 2 seeds" in refused(capsys, a, b, "--population", "seeds")
     assert "level must lie strictly between 0 and 1" in refused(capsys, a, b, "--level", "1")
 
