@@ -20,7 +20,8 @@ from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
 from recipe.output_folder import unused_folder
 from recipe.study_chart import study_svg
-from recipe.study_file import KEYS, Study, StudyRun, read_study
+from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
+from recipe.study_page import write_page
 from recipe.study_rows import (
     cost_lines,
     expected_seconds,
@@ -37,7 +38,14 @@ Run = Callable[[DictConfig], Mapping[str, Any]]
 DESCRIPTION = """Run a declared grid of trainings on the real stack, in one Ray cluster, and write one row (JSON) per
 finished run. Runs that have a row are skipped, so an interrupted study goes on with the same command; a run that fails
 does not stop the others. The cost is printed before anything starts."""
-EPILOG = "Keys of the study file:\n" + "\n".join(f"  {key:<17} {text}" for key, text in KEYS.items())
+EPILOG = "\n".join(
+    [
+        "Keys of the study file:",
+        *(f"  {key:<17} {text}" for key, text in KEYS.items()),
+        "Keys of a question:",
+        *(f"  {key:<17} {text}" for key, text in QUESTION_KEYS.items()),
+    ]
+)
 
 
 @dataclass
@@ -156,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="print the grid and its cost, run nothing")
     made.add_argument("--table", action="store_true", help="print a markdown table of the rows there are, run nothing")
     made.add_argument("--plot", type=Path, metavar="SVG", help="draw the rows there are into this file, run nothing")
+    made.add_argument("--page", type=Path, metavar="MD", help="write the results page with its pictures, run nothing")
     made.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the rows")
     made.add_argument("--outputs", type=Path, default=Path("outputs") / "study", help="folder of the runs' own files")
     made.add_argument("--quiet", action="store_true", help="no line per step")
@@ -174,6 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.plot is not None:
             write_atomically(options.plot, study_svg(study, rows))
+            return 0
+        if options.page is not None:
+            written = write_page(study, rows, options.file, options.results, options.page)
+            print(json.dumps({"study": study.name, "rows": len(rows), "written": [str(path) for path in written]}))
             return 0
         configs = configurations(study, options.outputs.absolute(), quiet=options.quiet)
         print("\n".join(cost_lines(study, rows)), flush=True)

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -21,12 +21,24 @@ KEYS = {
     "grid": "a list of {name, overrides}",
     "axes": "{key: [value, …]}; every combination of the values",
     "expected_seconds": "of one run, for the cost",
+    "questions": "a list of {ask, first, second, delta, metric, step, pairing, source}, answered by --page",
+}
+QUESTION_KEYS = {
+    "ask": "the claim in words",
+    "first": "entry that is said to be better",
+    "second": "entry that it is compared with",
+    "delta": "by more than this share (default 0)",
+    "metric": "mean (default), maj, or pass@k",
+    "step": "validation at this step (default: the last)",
+    "pairing": "of the seeds: paired (default: equal seeds share the order of the data) or unpaired",
+    "source": "who claims it, with the number",
 }
 ENTRY_KEYS = ("name", "overrides", "expected_seconds")
 # Set by the runner for every run.
 RESERVED = ("run.seed", "run.output_dir")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_METRIC = re.compile(r"mean|maj|pass@[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,35 @@ class StudyRun:
 
 
 @dataclass(frozen=True)
+class StudyQuestion:
+    """A claim that the study can answer: is ``first`` better than ``second`` by more than ``delta``?
+
+    Attributes:
+        ask: the claim in words.
+        delta: a difference of shares.
+        metric: ``mean``, ``maj`` or ``pass@k``.
+        step: of the validation; None: the last.
+        pairing: of the seeds, see :mod:`recipe.paired`.
+        source: who claims it.
+    """
+
+    ask: str
+    first: str
+    second: str
+    delta: float = 0.0
+    metric: str = "mean"
+    step: int | None = None
+    pairing: Literal["paired", "unpaired"] = "paired"
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Study:
     """A declared study."""
 
     name: str
     runs: tuple[StudyRun, ...]
+    questions: tuple[StudyQuestion, ...] = ()
 
     @property
     def entries(self) -> list[str]:
@@ -99,7 +135,33 @@ def parse_study(found: Any, where: str) -> Study:
         for seed in seeds
         for entry, overrides, own in entries
     ]
-    return Study(name, tuple(runs))
+    return Study(name, tuple(runs), _questions(found.get("questions", []), names, where))
+
+
+def _questions(found: Any, entries: list[str], where: str) -> tuple[StudyQuestion, ...]:
+    _expect(isinstance(found, list), where, "questions", found, "a list of mappings")
+    questions = []
+    for number, one in enumerate(found):
+        key = f"questions[{number}]"
+        _expect(isinstance(one, dict), where, key, one, f"a mapping with {', '.join(QUESTION_KEYS)}")
+        unknown = [name for name in one if name not in QUESTION_KEYS]
+        if unknown:
+            raise ConfigError(f"{where}: unknown key {unknown[0]!r} in {key}; allowed: {', '.join(QUESTION_KEYS)}")
+        _expect(isinstance(one.get("ask"), str) and one["ask"], where, f"{key}.ask", one.get("ask"), "a sentence")
+        for name in ("first", "second"):
+            _expect(one.get(name) in entries, where, f"{key}.{name}", one.get(name), f"one of {', '.join(entries)}")
+        _expect(one["first"] != one["second"], where, f"{key}.second", one["second"], "another entry than first")
+        made = StudyQuestion(**one)
+        number_like = isinstance(made.delta, int | float) and not isinstance(made.delta, bool)
+        _expect(number_like and -1 <= made.delta <= 1, where, f"{key}.delta", made.delta, "a share from -1 to 1")
+        metric = isinstance(made.metric, str) and _METRIC.fullmatch(made.metric)
+        _expect(metric, where, f"{key}.metric", made.metric, "mean, maj or pass@k with k from 1")
+        whole = made.step is None or (type(made.step) is int and made.step >= 0)
+        _expect(whole, where, f"{key}.step", made.step, "a whole number from 0")
+        _expect(made.pairing in ("paired", "unpaired"), where, f"{key}.pairing", made.pairing, "paired or unpaired")
+        _expect(isinstance(made.source, str), where, f"{key}.source", made.source, "a text")
+        questions.append(made)
+    return tuple(questions)
 
 
 def _entries(found: dict[str, Any], where: str) -> list[tuple[str, list[str], float | None]]:

@@ -15,27 +15,50 @@ from typing import Any
 
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
+from verl_ext.sample_statistics import pass_at_k
 
 
 @dataclass(frozen=True)
-class ItemAccuracy:
+class ItemCounts:
     """One validation of a run, question by question.
 
     Attributes:
         questions: digest of the ids; equal digests are the same questions in the same order.
         samples: k, asked of every question.
-        accuracy_P: [P] share of right answers; NaN where the verifier could judge none.
+        right_P: [P] right answers (their sum, where a verifier gives shares).
+        judged_P: [P] answers that the verifier judged.
     """
 
     questions: str
     samples: int
-    accuracy_P: tuple[float, ...]
+    right_P: tuple[float, ...]
+    judged_P: tuple[float, ...]
+
+    @property
+    def mean_P(self) -> tuple[float, ...]:
+        """[P] share of right answers; NaN where none was judged."""
+        return tuple(
+            right / judged if judged else math.nan for right, judged in zip(self.right_P, self.judged_P, strict=True)
+        )
 
     @property
     def mean(self) -> float:
         """mean@k: over the questions that were judged."""
-        judged = [value for value in self.accuracy_P if not math.isnan(value)]
+        judged = [value for value in self.mean_P if not math.isnan(value)]
         return sum(judged) / len(judged) if judged else math.nan
+
+    def pass_P(self, k: int) -> tuple[float, ...]:
+        """[P] unbiased pass@k; NaN where none was judged.
+
+        Raises:
+            ValueError: k larger than the samples of a question, or answers that are neither right nor wrong.
+        """
+        if any(right != int(right) for right in self.right_P):
+            raise ValueError("pass@k needs answers that are right or wrong; some are partly right")
+        return tuple(
+            pass_at_k(int(judged), int(right), k) if judged else math.nan
+            for right, judged in zip(self.right_P, self.judged_P, strict=True)
+        )
 
 
 def pack_items(validations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -67,7 +90,7 @@ def questions_digest(questions: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(questions).encode()).hexdigest()[:12]
 
 
-def unpack_items(row: Mapping[str, Any], step: int | str) -> ItemAccuracy | None:
+def unpack_items(row: Mapping[str, Any], step: int | str) -> ItemCounts | None:
     """One validation of a row; None where the row has no counts by question (an older one) or not at this step.
 
     Raises:
@@ -85,8 +108,7 @@ def unpack_items(row: Mapping[str, Any], step: int | str) -> ItemAccuracy | None
     for right, judged in zip(right_P, judged_P, strict=True):
         if not 0 <= right <= judged <= samples:
             raise ConfigError(f"{where}: {right:g} right of {judged:g} judged answers, of {samples} samples")
-    accuracy_P = (right / judged if judged else math.nan for right, judged in zip(right_P, judged_P, strict=True))
-    return ItemAccuracy(str(items["questions"]), samples, tuple(accuracy_P))
+    return ItemCounts(str(items["questions"]), samples, tuple(right_P), tuple(judged_P))
 
 
 def write_questions(folder: Path, questions: Sequence[str]) -> Path:

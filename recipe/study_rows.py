@@ -151,14 +151,14 @@ def table(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """
     columns = [column for metric in ("mean", "maj") if (column := _largest(metric, rows))] or ["mean@8", "maj@8"]
     head = ["", *columns, "seeds", "s/step"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for entry in study.entries:
         own = [rows[run.run_id] for run in study.runs if run.entry == entry and run.run_id in rows]
         declared = sum(run.entry == entry for run in study.runs)
         cells = [_cell(own, lambda row, name=column: row["final"].get(f"val/{name}"), 3, True) for column in columns]
         speed = _cell(own, lambda row: row["summary"].get("seconds_per_step"), 2, False)
         seeds = f"{len(own)} of {declared}" if len(own) < declared else str(len(own))
-        lines.append(_line([entry, *cells, seeds, speed]))
+        lines.append(line([entry, *cells, seeds, speed]))
     return "\n".join(lines)
 
 
@@ -180,5 +180,6 @@ def _cell(
     return text
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def line(cells: Sequence[str]) -> str:
+    """A row of a markdown table; bars inside a cell are escaped."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -16,8 +16,16 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe import sample_settings, settings, sft_settings, snr_settings, srt_settings, teacher_text_settings
-from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
+from recipe import (
+    evaluation_settings,
+    sample_settings,
+    settings,
+    sft_settings,
+    snr_settings,
+    srt_settings,
+    teacher_text_settings,
+)
+from recipe.compose import CONF, EVALUATION, GROUPS, ROOT, check, choices, compose_config
 from recipe.study_file import read_study
 from recipe.train import help_text, main
 from verl_ext import config as distill
@@ -36,7 +44,7 @@ BLOCKS = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaul
           "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig()),
           "forgetting": forgetting_config.defaults(), "snr": snr_settings.defaults(),
           "text": teacher_text_settings.defaults(), "sft": sft_settings.defaults(),
-          "srt": srt_settings.defaults()}  # fmt: skip
+          "srt": srt_settings.defaults(), "evaluation": evaluation_settings.defaults()}  # fmt: skip
 
 
 def block(*overrides: str) -> dict[str, Any]:
@@ -81,7 +89,10 @@ def test_the_configs_of_the_other_commands_compose() -> None:
     assert compose_config(["sample.out=x", "text.out=y"], name="teacher_text").text.key == "teacher_text"
 
 
-STUDIES = {"paced": 3, "paced_ablations": 3, "opsd": 1, "pbsd": 3, "pbsd_stability": 3, "pbsd_teachers": 3}
+STUDIES = {
+    **{"paced": 3, "paced_ablations": 3, "opsd": 1, "pbsd": 3, "pbsd_stability": 3, "pbsd_teachers": 3},
+    **{"sc_sdpo": 8, "sc_sdpo_ablations": 3, "sdpo_ablations": 3},
+}
 
 
 @pytest.mark.parametrize(("name", "seeds"), STUDIES.items())
@@ -90,14 +101,34 @@ def test_every_entry_of_a_declared_study_composes(name: str, seeds: int) -> None
     first = {run.entry: run for run in study.runs if run.seed == 0}
     assert len(first) == len(study.entries) and len(study.runs) == seeds * len(first)
     composed = {entry: compose_config(run.overrides) for entry, run in first.items()}
-    parts = ("distill", "actor_rollout_ref.model.path", "actor_rollout_ref.actor.optim.lr")
+    parts = ("distill", "actor_rollout_ref.model.path", "actor_rollout_ref.actor.optim.lr", "data.train_batch_size")
     different = {tuple(str(OmegaConf.select(config, key)) for key in parts) for config in composed.values()}
     assert len(different) == len(composed), "no entry repeats another"
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("sc_sdpo_solved", "data.train_files", str(ROOT / "data/tiny_world_solved/train.parquet")),
+        ("sc_sdpo_strict", "verifier.options.mode", "strict"),
+        ("sc_sdpo_learning_rates", "actor_rollout_ref.actor.optim.lr", 2e-4),
+    ],
+)
+def test_the_studies_around_sc_sdpo_s_differ_from_it_in_one_thing(name: str, key: str, value: object) -> None:
+    main, other = (read_study(CONF / "study" / f"{one}.yaml") for one in ("sc_sdpo", name))
+    assert OmegaConf.select(compose_config(other.runs[0].overrides), key) == value
+    shared = set(main.runs[0].overrides) - {"data=tiny_world"}
+    assert all(shared - {"method=sc_sdpo"} <= set(run.overrides) for run in other.runs)
+    if name == "sc_sdpo_learning_rates":
+        assert not {run.seed for run in main.runs} & {run.seed for run in other.runs}, "tuned on seeds of its own"
+    else:
+        assert [run.seed for run in other.runs] == [run.seed for run in main.runs]
+        assert other.questions == main.questions
+
+
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders - {"study"} == set(GROUPS)
+    assert folders - {"study", EVALUATION} == set(GROUPS)
 
 
 # ---------------------------------------------------------------------------------------------- one source of defaults
@@ -130,7 +161,7 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         found = {"distill": {package.removeprefix("distill."): found}}
     known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
     known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
-    for name in ("sample", "forgetting", "snr", "text", "sft", "srt"):
+    for name in ("sample", "evaluation", "forgetting", "snr", "text", "sft", "srt"):
         known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
     found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
@@ -481,6 +512,37 @@ def test_a_published_preset_has_the_values_its_source_states(preset: str) -> Non
         value = OmegaConf.select(config, key)
         found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     assert found == PUBLISHED[preset]
+
+
+# k, temperature, top-p, top-k, new tokens (None: the data's), thinking,.
+SAMPLED = {
+    ("default", "tiny_world"): (8, 1.0, 1.0, -1, None, False),
+    ("sdpo", "sciknoweval_physics"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo", "tooluse"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo_rich_feedback", "livecodebench"): (4, 0.6, 0.95, -1, None, False),
+    ("paced", "math500"): (8, 0.6, 0.8, 20, None, False),
+    ("sd_zero", "hmmt"): (8, 0.7, 1.0, -1, 32768, False),
+    ("pbsd", "aime25"): (12, 1.0, 1.0, -1, 38912, True),
+    ("opsd_v1", "aime24"): (16, 1.0, 1.0, -1, 38912, True),
+    ("greedy", "mmlu"): (1, 0.0, 1.0, -1, None, False),
+}
+
+
+def test_every_evaluation_preset_has_its_settings_stated_here() -> None:
+    assert {name for name, _ in SAMPLED} == set(choices(EVALUATION))
+
+
+@pytest.mark.parametrize(("setting", "data"), SAMPLED)
+def test_an_evaluation_preset_samples_as_its_source_does(setting: str, data: str) -> None:
+    arguments = ["model=qwen3_8b", f"data={data}", "hardware=gpu", f"evaluation={setting}", "sample.out=x"]
+    config = compose_config(arguments, name="evaluate")
+    block = sample_settings.sample_config(config)
+    assert evaluation_settings.evaluation_config(config).setting == setting
+    thinking = config.data.apply_chat_template_kwargs.enable_thinking
+    found = (block.k, block.temperature, block.top_p, block.top_k, block.max_tokens, thinking)
+    assert found == SAMPLED[setting, data] and block.split == "test"
+    tokens = block.sampling(config.data.max_response_length).max_tokens
+    assert config.actor_rollout_ref.rollout.max_model_len >= config.data.max_prompt_length + tokens
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,22 @@ def test_everything_our_trainer_overrides_or_calls_exists_in_the_base_with_the_s
         assert callable(getattr(base, name)), name
 
 
+def test_a_validation_goes_once_through_its_loader_and_expects_answers_in_that_order() -> None:
+    """Ours learns from the loader which question each uid of ``expected_acc_counts`` is."""
+    validate = ast.parse(textwrap.dedent(inspect.getsource(trainer_class()._validate)))
+    loops = [node for node in ast.walk(validate) if isinstance(node, ast.For)]
+    assert [ast.unparse(node.iter) for node in loops].count("self.val_dataloader") == 1
+    uses = [node for node in ast.walk(validate) if isinstance(node, ast.Attribute) and node.attr == "val_dataloader"]
+    assert len(uses) == 1
+    source = ast.unparse(validate)
+    order = ["expected_acc_counts: dict[tuple[str, str], int] = {}", "in self.val_dataloader:", "'raw_prompt'",
+             "for uid, data_source, rollout_n in zip(batch_dict['uid']",
+             "expected_acc_counts[str(data_source), str(uid)] = rollout_n",
+             "expected_acc_counts=expected_acc_counts"]  # fmt: skip
+    places = [source.index(text) for text in order]
+    assert places == sorted(places)
+
+
 def test_the_trainer_keeps_what_fit_assigns_to_logger() -> None:
     """Our property takes the tracker there; ``fit`` has to go on assigning it."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(trainer_class().fit)))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -49,11 +50,25 @@ def test_a_run_leaves_what_its_user_expects(recorded, records):
     assert told and all(len(row["divergence"]) == len(row["tokens"]) for row in told)
     assert all("".join(row["tokens"]).startswith(row["response"]) and sum(row["divergence"]) > 0 for row in told)
     assert list(output.glob("tensorboard/*tfevents*"))
+    changed = {one["key"]: one for one in json.loads((output / "changes.json").read_text())["changes"]}
+    assert changed["run.steps"]["run"] == 4 and changed["run.steps"]["set"]
     for record in records(output):
         assert 0 < record["distill/loss"] < 0.7 and record["actor/grad_norm"] > 0
         assert 0 < record["rows/train_share"] <= 1 and sum(record["pass_rate/histogram"]) == 6
+        assert record["student/nll"] > 0
         # verl's warm-up starts at a learning rate of 0: after the first step the two are still equal.
         assert record["teacher/moved"] == 1 and (record["teacher/distance"] > 0) == (record["step"] > 1)
+
+
+def test_right_answers_by_question_give_the_validation_s_mean(recorded, data):
+    output = recorded[1]
+    (counts,) = [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+    before = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    asked = [row["extra_info"]["question_id"] for row in pq.read_table(data / "test.parquet").to_pylist()]
+    assert counts["step"] == before["step"] == 0 and counts["samples"] == 2
+    assert counts["items"] == sorted(asked) and set(counts["sources"]) == {"tiny_world"}
+    assert counts["judged"] == [2] * 12
+    assert sum(counts["right"]) / 24 == pytest.approx(before["val/mean@2"], abs=1e-12)
 
 
 def test_teacher_and_student_agree_before_the_first_step(recorded, records):

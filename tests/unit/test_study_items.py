@@ -27,7 +27,7 @@ def test_counts_come_back_step_by_step() -> None:
     made = json.loads(json.dumps(row(validation(0, [0, 4, 1]), validation(40, [4, 4, 2.5]))))
     assert made["items"]["right"] == {"0": "0 4 1", "40": "4 4 2.5"} and made["items"]["judged"] == {}
     first, last = unpack_items(made, 0), unpack_items(made, "40")
-    assert first.accuracy_P == (0.0, 1.0, 0.25) and last.accuracy_P == (1.0, 1.0, 0.625)
+    assert first.mean_P == (0.0, 1.0, 0.25) and last.mean_P == (1.0, 1.0, 0.625)
     assert first.samples == 4 and first.questions == last.questions == questions_digest(["q0", "q1", "q2"])
     assert first.mean == pytest.approx(1.25 / 3)
 
@@ -36,9 +36,18 @@ def test_a_question_that_no_verifier_judged_is_no_number() -> None:
     made = row(validation(0, [0, 2], judged=[0, 3]), validation(9, [1, 1]))
     assert made["items"]["judged"] == {"0": "0 3"}
     found = unpack_items(made, 0)
-    assert math.isnan(found.accuracy_P[0]) and found.accuracy_P[1] == pytest.approx(2 / 3)
+    assert math.isnan(found.mean_P[0]) and found.mean_P[1] == pytest.approx(2 / 3)
     assert found.mean == pytest.approx(2 / 3), "as mean@k leaves it out"
-    assert unpack_items(made, 9).accuracy_P == (0.25, 0.25)
+    assert unpack_items(made, 9).mean_P == (0.25, 0.25)
+
+
+def test_pass_at_k_by_question_is_unbiased_and_refuses_more_than_there_are() -> None:
+    found = unpack_items(row(validation(0, [1, 4, 0], judged=[4, 4, 0])), 0)
+    assert found.pass_P(2)[:2] == (pytest.approx(0.5), 1.0) and math.isnan(found.pass_P(2)[2])
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples, found 4"):
+        found.pass_P(5)
+    with pytest.raises(ValueError, match="partly right"):
+        unpack_items(row(validation(0, [1.5])), 0).pass_P(1)
 
 
 def test_an_older_row_and_a_step_without_counts_have_none() -> None:
