@@ -241,8 +241,8 @@ def _row_items(path: Path, row: Mapping[str, Any], step: int | None) -> Validate
         return None
     names = read_question_ids(path.parent, found.questions)
     # Without the file of names, equal digests are still the same questions in the same order.
-    items = names or [f"{found.questions}, question {index}" for index in range(len(found.accuracy_P))]
-    return Validated(int(step), found.samples, tuple(items), found.accuracy_P)
+    items = names or [f"{found.questions}, question {index}" for index in range(len(found.mean_P))]
+    return Validated(int(step), found.samples, tuple(items), found.mean_P)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
