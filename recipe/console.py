@@ -35,6 +35,7 @@ __all__ = ["RunConsole", "format_header", "format_seconds", "format_step_line"]
 _HEADER_EVERY = 20
 _MAX_NOTES = 12  # start-up lines and notes; with 40 steps the whole output stays under 60 lines
 _LOG_TAIL_BYTES = 2_000_000
+_SECONDS_BETWEEN_SIGNS = 60.0
 
 # Open consoles, outermost first: an inner run prints where the outer one does and not into the outer one's log.
 _open_consoles: list[RunConsole] = []
@@ -92,6 +93,7 @@ class RunConsole:
         self._summary_printed = False
         self._failed: BaseException | None = None
         self._reader_gone = False
+        self._worked = self._started
 
     # --- opening and closing ------------------------------------------------------------------------------------------
 
@@ -263,6 +265,18 @@ class RunConsole:
         with self._lock:
             if self._progress is not None:
                 self._progress.update(self._task, description=_one_line(text), refresh=True)
+
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """As :meth:`status`, for work that takes a while: without a bar it is a line every minute."""
+        left = "" if seconds_left is None else f", about {format_seconds(seconds_left)} left"
+        with self._lock:
+            self.status(text + left)
+            now = time.monotonic()
+            if self._progress is None and now - self._worked >= _SECONDS_BETWEEN_SIGNS:
+                self._worked = now
+                line = f"{format_seconds(now - self._started):>10}  {_one_line(text)}{left}"
+                self._to_log(line)
+                self._line(line, style="dim")
 
     def progress(self, done: int, text: str, seconds_left: float | None = None) -> None:
         """Work that has no steps: moves the bar where there is one, else writes a line (how often is the caller's)."""

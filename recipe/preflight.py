@@ -15,6 +15,7 @@ from recipe.memory import known_architectures
 from recipe.question_checks import check_questions
 from recipe.revision_checks import check_revision, resolve_phrases
 from verl_ext.config import ConfigError, distill_config
+from verl_ext.logger_names import extra_loggers
 from verl_ext.question_data import file_list
 from verl_ext.stages import stages
 from verl_ext.verifier_config import VerifierConfig, check_function, verifier_config
@@ -41,6 +42,7 @@ def parts(config: DictConfig) -> list[tuple[str, Callable[[], None]]]:
     """The checks by name, in their order; each raises ConfigError (or StoreError). :mod:`recipe.doctor` lists them."""
     return [
         ("revision phrases", lambda: resolve_phrases(config)),
+        ("loggers", lambda: check_loggers(config)),
         ("attention kernels", lambda: check_attention(config)),
         ("verifier", lambda: check_function(verifier_config(config.verifier))),
         ("model and lengths", lambda: check_lengths(config, check_model(config))),
@@ -107,6 +109,16 @@ def check_parquet(path: Path, key: str) -> None:
         for name in ("question_id", "index"):
             if not isinstance(extra, dict) or extra.get(name) in (None, ""):
                 raise ConfigError(f"{key}: {path}, row {row}: extra_info.{name} is missing")
+
+
+def check_loggers(config: DictConfig) -> None:
+    """The loggers that are asked for exist here, and none is asked for what it would not get."""
+    extra_loggers(config.trainer.logger)
+    if config.trainer.log_val_generations:
+        raise ConfigError(
+            f"trainer.log_val_generations is {config.trainer.log_val_generations}; allowed: 0. Completions are in "
+            "completions.jsonl and the report (distill.samples.*), not in loggers"
+        )
 
 
 def check_attention(config: DictConfig) -> None:

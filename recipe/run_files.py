@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from verl_ext.atomic import write_atomically
+from verl_ext.redaction import redacted
 
 if TYPE_CHECKING:
     import pandas
@@ -165,8 +166,8 @@ class RunFiles:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def write_config(self, config: Any) -> Path:
-        """Write the resolved configuration (a mapping, dataclass or OmegaConf node) as YAML."""
-        plain = to_plain(config, "config")
+        """Write the resolved configuration (a mapping, dataclass or OmegaConf node) as YAML, without its secrets."""
+        plain = redacted(to_plain(config, "config"))
         write_atomically(self.config_path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
         return self.config_path
 

@@ -30,12 +30,13 @@ from recipe.console import RunConsole
 from recipe.console_format import StepClock, format_number
 from recipe.environment import versions
 from recipe.output_folder import check_writable
-from recipe.preflight import check_attention
+from recipe.preflight import check_attention, check_loggers
 from recipe.run_files import RunFiles, json_line
 from recipe.sft_settings import SftConfig, sft_config, verl_sft_config
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 from verl_ext.heartbeat import START, beat, beating
+from verl_ext.loggers import Loggers, running_loggers
 
 if TYPE_CHECKING:
     from verl_ext.sft_rows import SftRows
@@ -97,6 +98,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     prepare_environment(config.run.platform)
     folder = Path(str(block.out)).absolute()
     check_attention(config)
+    check_loggers(config)
     rows = _read_rows(config, block)
     check_writable(folder, "sft.out")
     asked = _settings(config, block)
@@ -247,8 +249,9 @@ def _train(
         beat(START)
         from verl_ext.sft_trainer import fine_tune
 
-        screen.phase("starting workers")
-        made = fine_tune(asked, progress, seed=config.run.seed, folder=partial, phase=screen.phase)
+        with running_loggers(config, lambda text: screen.note(f"warning: {text}")) as progress.loggers:
+            screen.phase("starting workers")
+            made = fine_tune(asked, progress, seed=config.run.seed, folder=partial, phase=screen.phase)
     place = folder / "model"
     # One that is there is of a run that was stopped between this and its last line.
     shutil.rmtree(place, ignore_errors=True)
@@ -265,6 +268,7 @@ class _Progress:
         self._files, self._screen, self._started, self._steps = files, screen, started, steps
         self._clock = StepClock(steps)
         self._last = -math.inf
+        self.loggers = Loggers()
         self.seconds_to_first_step: float | None = None
         self.step_seconds: list[float] = []
 
@@ -274,7 +278,7 @@ class _Progress:
             self.seconds_to_first_step = time.perf_counter() - self._started
         else:
             self.step_seconds.append(values["time/step"])
-        self._files.append_metrics(step, values)
+        self.loggers.log(step, self._files.append_metrics(step, values | self.loggers.counts()))
         left = self._clock.add(step, now, values["time/step"])
         if not math.isfinite(values["grad_norm"]):
             self._screen.note(f"warning: step {step} was skipped, its loss or gradient is not finite")

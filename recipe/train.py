@@ -35,6 +35,7 @@ from recipe.run_files import RunFiles
 from verl_ext.checkpoint_saving import point_tracker
 from verl_ext.config import ConfigError
 from verl_ext.heartbeat import START, Heartbeat, beat, beating
+from verl_ext.loggers import Loggers, running_loggers
 from verl_ext.sample_store import StoreError
 from verl_ext.watchdog import Watchdog
 
@@ -67,7 +68,7 @@ Options:
 
 
 class _Sink:
-    """Takes the trainer's metrics to the run's files and the terminal."""
+    """Takes the trainer's metrics to the run's files, the terminal and the loggers."""
 
     def __init__(
         self, config: DictConfig, files: RunFiles, console: RunConsole, started: float, resume_step: int
@@ -75,6 +76,7 @@ class _Sink:
         self.config, self.files, self.console, self.started = config, files, console, started
         self.first_step = resume_step + 1
         self.seconds_to_first_step: float | None = None
+        self.loggers = Loggers()
         self.validation_seconds = 0.0
         self.step_seconds: list[float] = []
         self._validation: float | None = None
@@ -86,6 +88,10 @@ class _Sink:
     def warning(self, text: str) -> None:
         """Something the user should see."""
         self.console.note(f"warning: {text}")
+
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """What is going on beside the steps."""
+        self.console.working(text, seconds_left)
 
     def validated(self, seconds: float) -> None:
         """Validation before the first step is not part of the time to it."""
@@ -109,7 +115,10 @@ class _Sink:
             row["time/validation"] = self._validation
         self._validation = None
         made_up_for = "time/step" not in row and 0 < step == self.first_step - 1
-        record = (self.files.complete_metrics if made_up_for else self.files.append_metrics)(step, row)
+        record = (self.files.complete_metrics if made_up_for else self.files.append_metrics)(
+            step, row | self.loggers.counts()
+        )
+        self.loggers.log(step, record)
         if step >= self.first_step or "time/step" not in row:
             self.console.step_line(record)
 
@@ -223,7 +232,8 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
                 early = start(config)
                 from verl_ext.session import run_session
 
-                run_session(config, sink, early, seed=config.run.seed)
+                with running_loggers(config, sink.warning) as sink.loggers:
+                    run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         write_changes(files, config)

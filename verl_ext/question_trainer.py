@@ -92,7 +92,8 @@ class QuestionTrainer(BoundaryTrainer):
     def _sampling(self) -> RunSampling:
         if self._run_sampling is None:
             client = self.get_llm_client()
-            self._run_sampling = RunSampling(self.config, client, self.tokenizer, self.sink.warning)
+            warn, working = self.sink.warning, self.sink.working
+            self._run_sampling = RunSampling(self.config, client, self.tokenizer, warn, working)
         return self._run_sampling
 
     def on_step_begin(self) -> None:

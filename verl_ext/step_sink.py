@@ -24,6 +24,12 @@ class StepSink(Protocol):
     def warning(self, text: str) -> None:
         """Something the user should see at once."""
 
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """What is going on beside the steps, such as a validation, and how long it will take where that is known.
+
+        May be called often, and from other threads.
+        """
+
     def validated(self, seconds: float) -> None:
         """A validation took so long."""
 

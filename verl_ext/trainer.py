@@ -82,6 +82,7 @@ class DistillTrainer(QuestionTrainer):
         self._resumed = False
         self._trained = False
         self._warned_of_lost_groups = False
+        self._validation_seconds: float | None = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -465,11 +466,14 @@ class DistillTrainer(QuestionTrainer):
 
     def on_validate_begin(self) -> None:
         super().on_validate_begin()
+        # How long the last one took is the best estimate of this one, which comes back as a whole.
+        self.sink.working(f"validating on {len(self.val_dataset)} questions", self._validation_seconds)
         self._validation_started = time.perf_counter()
 
     def on_validate_end(self) -> None:
         super().on_validate_end()
-        self.sink.validated(time.perf_counter() - self._validation_started)
+        self._validation_seconds = time.perf_counter() - self._validation_started
+        self.sink.validated(self._validation_seconds)
 
     def _val_metrics_update(
         self,
