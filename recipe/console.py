@@ -28,6 +28,7 @@ from recipe.console_format import (
 )
 from recipe.console_redirect import close_quietly, descriptor_of, flush, redirect_descriptors
 from recipe.run_files import as_number, json_line, to_plain
+from verl_ext.preemption import Preempted
 
 __all__ = ["RunConsole", "format_header", "format_seconds", "format_step_line"]
 
@@ -130,7 +131,10 @@ class RunConsole:
                     if isinstance(error, Exception):
                         self.failure(error)
                     elif isinstance(error, KeyboardInterrupt):
-                        done = f"interrupted after {self.unit} {self._last_step} of {self.total_steps}"
+                        preempted = isinstance(error, Preempted)
+                        done = f"{f'ended by {error}' if preempted else 'interrupted'} after {self.unit} "
+                        done += f"{self._last_step} of {self.total_steps}"
+                        done += "; the same command goes on from the last checkpoint" if preempted else ""
                         self._write(self._err, f"{done}; log: {self.log_path}")
         finally:
             cleanup, self._cleanup = self._cleanup, None
@@ -334,6 +338,15 @@ class RunConsole:
             self._write(self._out if self._out is not None else sys.stdout, line, clean=False)
             self._summary_printed = True
         return line
+
+    def urgent(self, text: str) -> None:
+        """A line from inside a signal handler: past every lock and buffer that the interrupted code may hold."""
+        line = (_one_line(text) + "\n").encode()
+        descriptor = descriptor_of(self._err) if self._err is not None else None
+        for target in (descriptor, self._log_fd if self._log_fd >= 0 else None):
+            if target is not None:
+                with contextlib.suppress(OSError):  # nobody reads any more, or a full disk
+                    os.write(target, line)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

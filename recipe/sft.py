@@ -1,6 +1,12 @@
 """Fine-tune on prepared sequences: `python -m recipe.sft sft.files=[X.parquet] sft.out=DIR model=tiny hardware=cpu`."""
+# ruff: noqa: E402  (the signals come before imports that take seconds)
 
 from __future__ import annotations
+
+from verl_ext.preemption import PREEMPTION
+
+if __name__ == "__main__":
+    PREEMPTION.listen()
 
 import hashlib
 import json
@@ -29,6 +35,7 @@ from recipe.run_files import RunFiles, json_line
 from recipe.sft_settings import SftConfig, sft_config, verl_sft_config
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
+from verl_ext.heartbeat import START, beat, beating
 
 if TYPE_CHECKING:
     from verl_ext.sft_rows import SftRows
@@ -49,7 +56,7 @@ Keys:
   sft.batch_size=N          sequences of an optimiser step, over all ranks (64)
   sft.max_length=N          tokens of a sequence; a longer one is refused, never cut (32768)
   sft.weight_decay=W  sft.betas=[B1,B2]  sft.clip=C         AdamW (1e-4, [0.9, 0.95]), norm of the gradient (1.0)
-  sft.save_every=N          checkpoint to resume from every N steps (-1: none, only the model at the end)
+  sft.save_every=N          checkpoint to resume from every N steps (-1: only when preempted)
   sft.max_tokens_per_gpu=N  of a micro-batch (sft.max_length)
   run.seed=N                order of the rows
   actor_rollout_ref.model.path=DIR          the model to start from
@@ -236,7 +243,8 @@ def _train(
     files = [str(Path(name).absolute()) for name in block.files]
     asked = verl_sft_config(config, block, files=files, checkpoints=folder / "checkpoints", steps=steps)
     screen.phase("starting Ray")
-    with importing("verl_ext.sft_trainer"), ray_cluster(config):
+    with PREEMPTION.telling(screen.urgent), beating(folder), importing("verl_ext.sft_trainer"), ray_cluster(config):
+        beat(START)
         from verl_ext.sft_trainer import fine_tune
 
         screen.phase("starting workers")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.output_folder import check_writable
-from recipe.run_files import write_atomically
+from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+import recipe.compose
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -36,7 +39,25 @@ def _remember_parsed_yaml() -> None:
     OmegaConf.load = staticmethod(remembered)
 
 
+def _remember_compositions() -> None:
+    """Each list of overrides is composed once in a process; a command and its test ask for the same one in turn.
+
+    Hydra's result depends on the overrides and on the files of ``conf`` and of verl, which no test changes. Everything
+    after it (checks, routing, resolving) runs again, on a copy.
+    """
+    compose, composed = recipe.compose.compose, dict[tuple[str, ...], DictConfig]()
+
+    def remembered(config_name: str, overrides: list[str]) -> DictConfig:
+        key = (str(recipe.compose.CONF), config_name, *overrides)
+        if key not in composed:
+            composed[key] = compose(config_name=config_name, overrides=overrides)
+        return copy.deepcopy(composed[key])
+
+    recipe.compose.compose = remembered
+
+
 _remember_parsed_yaml()
+_remember_compositions()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from data_prep.tiny.task import PoolSpec, derivation, make_pool
 from verl_ext.verifiers.tiny_world import Problem
 
 MAX_NEW_TOKENS = 48
+LEFT_TO_SHRINK = 0.75  # share of running rows from which copying the rest of the cache pays
 VARIATIONS = ("trailing_newlines", "blank_lines", "reworded")
 ACCEPTED = {"base": (0.30, 0.45), "right_demonstration": (0.95, 1.0), "foreign_demonstration": (0.0, 0.20)}
 
@@ -68,7 +69,11 @@ def _sample_batch(
     generator: torch.Generator,
     max_new_tokens: int,
 ) -> torch.Tensor:
-    """Left-padded prompts, then one token at a time with the key-value cache."""
+    """Left-padded prompts, then one token at a time with the key-value cache.
+
+    Rows that have ended leave the model's batch, but not the drawing: what a row draws depends on the seed and on its
+    place among the prompts, whatever the others do.
+    """
     width = max(map(len, prompt_ids))
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     device = model.device
@@ -76,6 +81,8 @@ def _sample_batch(
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+    running = torch.arange(len(prompt_ids), device=device)  # rows in the model's batch
+    logits = torch.zeros(len(prompt_ids), len(tokenizer), device=device)
     cache, generated = None, []
     for _ in range(max_new_tokens):
         output = model(
@@ -87,7 +94,7 @@ def _sample_batch(
             logits_to_keep=1,
         )
         cache = output.past_key_values
-        logits = output.logits[:, -1, : len(tokenizer)].float()
+        logits[running] = output.logits[:, -1, : len(tokenizer)].float()
         if temperature > 0:
             chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
         else:
@@ -97,9 +104,13 @@ def _sample_batch(
         done |= chosen == end
         if bool(done.all()):
             break
-        tokens = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        left = (~done[running]).nonzero()[:, 0]
+        if len(left) <= LEFT_TO_SHRINK * len(running):
+            running, mask, positions = running[left], mask[left], positions[left]
+            cache.batch_select_indices(left)
+        tokens = chosen[running, None]
     return torch.stack(generated, dim=1)
 
 

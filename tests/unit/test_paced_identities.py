@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from recipe.paced_theory import minimax_loss_bound, optimal_weight, variance_ratio
 
 # Gauss-Legendre on (0, π) after p = sin²(θ/2), which makes p(1-p) to any power above -1/2 smooth enough.
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(4000)
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(1000)
 THETA = (NODES + 1) * math.pi / 2
 RATES = np.sin(THETA / 2) ** 2
 DENSITY = WEIGHTS * math.pi / 2 * np.sin(THETA) / 2  # dp
