@@ -81,8 +81,8 @@ class DistillTrainer(QuestionTrainer):
         self._teacher_head_sent = False
         self._resumed = False
         self._trained = False
-        self._validation_seconds: float | None = None
         self._warned_of_lost_groups = False
+        self._validation_seconds: float | None = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
