@@ -161,6 +161,18 @@ def test_disk_counts_what_is_kept_at_once_and_not_yet_there(tmp_path: Path) -> N
     assert "of 91.5 GiB" in frozen.line, "a frozen teacher is not in a checkpoint"
 
 
+def test_before_training_only_a_full_disk_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_machine, "device_memory", lambda config: (24 * GIB, "a small GPU"))
+    run = changed(big(), run__output_dir=str(tmp_path), run__save_every=-1)
+    found = {finding.name: finding for finding in doctor_machine.cheap_findings(run)}
+    assert found["memory"].status == WARN and "does not fit" in found["memory"].todo
+    assert any(line.startswith("warning: memory: ") for line in raise_failures(found.values()))
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB))
+    with pytest.raises(ConfigError, match="disk: 10 checkpoints"):
+        raise_failures(doctor_machine.cheap_findings(changed(run, run__save_every=10)))
+    assert {one.status for one in doctor_machine.cheap_findings(tiny()) if one.name != "versions"} == {OK}
+
+
 def test_the_output_folder_is_left_as_it_was(tmp_path: Path) -> None:
     new = tmp_path / "a" / "b"
     assert "is free" in str(check_folder(changed(tiny(), run__output_dir=str(new))))
