@@ -185,4 +185,5 @@ def test_right_answers_by_question_are_those_of_the_evaluated_samples(tmp_path: 
     (tmp_path / "samples-k.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     counts = chain._item_counts(tmp_path)
     assert (counts["items"], counts["right"], counts["judged"]) == (["q1", "q2"], [0, 2], [1, 2])
-    assert chain._accuracy(tmp_path)["val/mean@2"] == pytest.approx((0 / 1 + 2 / 2) / 2)
+    config = compose_config(["model=tiny", "data=tiny_world", "hardware=cpu"])
+    assert chain._accuracy(config, tmp_path)["val/mean@2"] == pytest.approx((0 / 1 + 2 / 2) / 2)
