@@ -7,10 +7,8 @@ in the files or counted under a reason.
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.dataset import COMMON_FIELDS, OUTPUT_SPLITS, DataSet, Draft, Settings
+from data_prep.progress import ProgressLine
 from data_prep.prompts import ANSWER_LINE, BOXED
 from data_prep.records import DataError, LeftOut, Record, RowError, SourceError
 from data_prep.schema import arrow_schema, json_text, make_row, write_typed_parquet
@@ -26,7 +25,6 @@ from data_prep.sources import Source, sha256_of
 from data_prep.staging import Staging
 
 MAX_EXAMPLES = 5  # of a reason for leaving rows out, on screen and in the manifest
-PROGRESS_SECONDS = 5.0
 MANIFEST = "manifest.json"
 
 
@@ -103,7 +101,8 @@ def prepare(
         SourceError: a file cannot be read, or no row is left.
     """
     accounts = Accounts()
-    drafts = _read(dataset, source, settings, accounts, skip_broken, limit)
+    with ProgressLine() as say:
+        drafts = _read(dataset, source, settings, accounts, skip_broken, limit, say)
     if dataset.arrange is not None:
         count = len(drafts)
         drafts = dataset.arrange(drafts, settings)
@@ -146,19 +145,21 @@ def _verifier_options(dataset: DataSet, settings: Settings) -> dict[str, str]:
 
 
 def _read(
-    dataset: DataSet, source: Source, settings: Settings, accounts: Accounts, skip_broken: bool, limit: int | None
+    dataset: DataSet,
+    source: Source,
+    settings: Settings,
+    accounts: Accounts,
+    skip_broken: bool,
+    limit: int | None,
+    say: Callable[[str, int, int | None], None],
 ) -> list[Draft]:
     drafts: list[Draft] = []
     keys: dict[tuple[str, str], Draft] = {}
-    started = spoken = time.monotonic()
     for split in source.splits:
         kept = 0
         for item in source.records(split):
-            if time.monotonic() - spoken > PROGRESS_SECONDS:
-                spoken = time.monotonic()
-                total = sum(accounts.read.values())
-                print(f"{dataset.name}: {total} records read in {spoken - started:.0f} s", file=sys.stderr, flush=True)
             accounts.read[split] += 1
+            say(f"{dataset.name}: records read", accounts.read.total(), source.total)
             try:
                 if isinstance(item, RowError):
                     raise item

@@ -13,9 +13,11 @@ import hashlib
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,18 @@ class Source:
     notes: list[str]
     _files: dict[str, list[tuple[Path, str]]] = field(default_factory=dict)
     _tables: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    @cached_property
+    def total(self) -> int | None:
+        """Records of all splits; None where only reading a file would tell."""
+        paths = [path for files in self._files.values() for path, _ in files]
+        if any(_format(path) != ".parquet" for path in paths):
+            return None
+        try:
+            rows = sum(pq.read_metadata(path).num_rows for path in paths)
+        except (OSError, pa.ArrowException):
+            return None  # reading it says what is wrong with it
+        return rows + sum(len(table) for table, _ in self._tables.values())
 
     def records(self, split: str) -> Iterator[Record | RowError]:
         """The rows of a split in the source's order; a row that cannot be read comes as the error.
@@ -123,7 +137,9 @@ def _open_hub(hub: Hub, columns: Sequence[str] | None) -> Source:
         return _download(hub, description)
     import datasets
 
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        # Its bars show downloads with their time left; in a file they would be many broken lines.
+        datasets.disable_progress_bars()
     source = Source(splits=list(hub.splits), description={**description, "splits": dict(hub.splits)}, notes=[])
     for split, theirs in hub.splits.items():
         try:

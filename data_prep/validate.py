@@ -29,6 +29,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from data_prep.progress import ProgressLine
 from data_prep.schema import write_json
 from data_prep.validation.files import TEST, TRAIN, FileError, expand, read_rows, read_schema, side
 from data_prep.validation.gold import check_gold
@@ -36,7 +37,7 @@ from data_prep.validation.lengths import PromptLengths, TokenizerError
 from data_prep.validation.questions import Question, check_duplicates, check_overlap, question
 from data_prep.validation.report import Check, Report
 from data_prep.validation.rows import check_columns, check_empty, check_schema
-from data_prep.validation.show import ProgressLine, show
+from data_prep.validation.show import show
 from data_prep.validation.verifiers import NoVerifier, choose_verifier, gold_response_of
 from verl_ext.config import ConfigError
 from verl_ext.verifier_config import VerifierConfig, check_function

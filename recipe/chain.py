@@ -23,8 +23,10 @@ from recipe.cluster import prepare_environment, ray_cluster
 from recipe.console_format import format_seconds
 from recipe.output_folder import check_writable, unused_folder
 from recipe.run_files import RunFiles
+from verl_ext.answer_keys import answer_keys
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
+from verl_ext.heartbeat import beat, beating
 from verl_ext.question_data import file_list
 from verl_ext.sample_store import differences, read_store
 from verl_ext.validation import QuestionAnswers, QuestionKey, group_answers, metrics_of
@@ -77,11 +79,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     missing = [stage for stage in chain.stages if stage not in record]
     _say(f"chain in {folder}: {', '.join(f'{s} (done)' if s in record else s for s in chain.stages)}")
     if missing:
-        with ray_cluster(_with_room(config)):
+        with beating(folder), ray_cluster(_with_room(config)):
             for number, stage in enumerate(chain.stages, 1):
                 if stage in record:
                     continue
                 _say(f"stage {number} of {len(chain.stages)}: {stage}")
+                beat(f"stage {stage}", step=0, saved=0)
                 begun = time.perf_counter()
                 summary = STAGE[stage](config, folder, record)
                 seconds = round(time.perf_counter() - begun, 1)
@@ -273,17 +276,17 @@ def _evaluate(config: DictConfig, folder: Path, record: Mapping[str, Any]) -> di
             )
         )
         found[name] = {
-            **_accuracy(out / "attempts"),
+            **_accuracy(config, out / "attempts"),
             **{f"reviser/{key}": summary[key] for key in ("correction_rate", "retention") if reviser},
         }
     return found
 
 
-def _accuracy(store: Path) -> dict[str, float]:
+def _accuracy(config: DictConfig, store: Path) -> dict[str, float]:
     """Of the samples of a store, as validation in training counts it."""
     rows = read_store(store)[1]
     return {
-        **metrics_of(_answers(rows)),
+        **metrics_of(_answers(rows), answer_keys(config)),
         "response/length": sum(row["tokens"] for row in rows) / len(rows),
         "response/truncated": sum(row["truncated"] for row in rows) / len(rows),
     }

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.compat import CLUSTER_ID
 from verl_ext.config import ConfigError
+from verl_ext.preemption import PREEMPTION
 
 PLUGIN = "verl_ext.plugin"
 
@@ -97,6 +98,7 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         return
     settings = _ray_init_settings(config, environment)
     ray.init(**settings)
+    PREEMPTION.listen_again()  # Ray took SIGTERM for itself
     try:
         check_resources(config, ray.available_resources())
         yield

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from omegaconf import OmegaConf
 
 from recipe.compose import GROUPS, choices, compose_config
+from verl_ext.preemption import REQUEUE_EXIT, Preempted
 
 
-def preset_lines() -> str:
-    """Every group with its presets, a line each."""
-    return "\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in GROUPS)
+def preset_lines(*more: str) -> str:
+    """Every group with its presets, a line each; ``more``: groups that only this command has."""
+    return "\n".join(f"  {group:<11}{' | '.join(choices(group))}" for group in (*GROUPS, *more))
 
 
 def command_line(
@@ -53,12 +54,18 @@ def command_line(
 
 
 def exit_code(work: Callable[[], object], refusals: type[Exception] | tuple[type[Exception], ...]) -> int:
-    """Does the work: 0; 2 where it was refused, in one line; 130 after Ctrl-C; 1 where the console showed a failure."""
+    """Does the work and returns the exit code.
+
+    0; 2 where it was refused, in one line; 75 after a signal that asks for a requeue; 130 after Ctrl-C; 1 where the
+    console showed a failure.
+    """
     try:
         work()
     except refusals as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted:
+        return REQUEUE_EXIT
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe import (
     chain_settings,
+    evaluation_settings,
     sample_settings,
     settings,
     sft_settings,
@@ -36,7 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 GROUPS = (
     "method", "model", "data", "hardware", "teacher", "context", "divergence", "weighting", "sequences", "adapter",
+    "layout",
 )  # fmt: skip
+EVALUATION = "evaluation"
+"""The group that only `python -m recipe.evaluate` has."""
 
 
 def _register() -> None:
@@ -45,6 +49,7 @@ def _register() -> None:
     store.store(name="run_schema", node=settings.defaults())
     store.store(name="sample_schema", node=sample_settings.defaults())
     store.store(name="text_schema", node=teacher_text_settings.defaults())
+    store.store(name="evaluation_schema", node=evaluation_settings.defaults())
     store.store(name="snr_schema", node=snr_settings.defaults())
     store.store(name="chain_schema", node=chain_settings.defaults())
     store.store(name="sft_schema", node=sft_settings.defaults())
@@ -113,7 +118,7 @@ def _readable(error: BaseException, overrides: Sequence[str]) -> str:
     text = " ".join(str(error.__cause__ or error).split())
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in GROUPS and value not in choices(key):
+        if key in (*GROUPS, EVALUATION) and value not in choices(key):
             return f"{key}={value} does not exist; {key} is one of: {', '.join(choices(key))}"
         if override.split("=")[0].strip("+~") and "=" not in override and not override.startswith("~"):
             return f"{override!r} is not an override; write key=value"

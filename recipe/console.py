@@ -28,12 +28,14 @@ from recipe.console_format import (
 )
 from recipe.console_redirect import close_quietly, descriptor_of, flush, redirect_descriptors
 from recipe.run_files import as_number, json_line, to_plain
+from verl_ext.preemption import Preempted
 
 __all__ = ["RunConsole", "format_header", "format_seconds", "format_step_line"]
 
 _HEADER_EVERY = 20
 _MAX_NOTES = 12  # start-up lines and notes; with 40 steps the whole output stays under 60 lines
 _LOG_TAIL_BYTES = 2_000_000
+_SECONDS_BETWEEN_SIGNS = 60.0
 
 # Open consoles, outermost first: an inner run prints where the outer one does and not into the outer one's log.
 _open_consoles: list[RunConsole] = []
@@ -91,6 +93,7 @@ class RunConsole:
         self._summary_printed = False
         self._failed: BaseException | None = None
         self._reader_gone = False
+        self._worked = self._started
 
     # --- opening and closing ------------------------------------------------------------------------------------------
 
@@ -130,7 +133,10 @@ class RunConsole:
                     if isinstance(error, Exception):
                         self.failure(error)
                     elif isinstance(error, KeyboardInterrupt):
-                        done = f"interrupted after {self.unit} {self._last_step} of {self.total_steps}"
+                        preempted = isinstance(error, Preempted)
+                        done = f"{f'ended by {error}' if preempted else 'interrupted'} after {self.unit} "
+                        done += f"{self._last_step} of {self.total_steps}"
+                        done += "; the same command goes on from the last checkpoint" if preempted else ""
                         self._write(self._err, f"{done}; log: {self.log_path}")
         finally:
             cleanup, self._cleanup = self._cleanup, None
@@ -260,6 +266,18 @@ class RunConsole:
             if self._progress is not None:
                 self._progress.update(self._task, description=_one_line(text), refresh=True)
 
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """As :meth:`status`, for work that takes a while: without a bar it is a line every minute."""
+        left = "" if seconds_left is None else f", about {format_seconds(seconds_left)} left"
+        with self._lock:
+            self.status(text + left)
+            now = time.monotonic()
+            if self._progress is None and now - self._worked >= _SECONDS_BETWEEN_SIGNS:
+                self._worked = now
+                line = f"{format_seconds(now - self._started):>10}  {_one_line(text)}{left}"
+                self._to_log(line)
+                self._line(line, style="dim")
+
     def progress(self, done: int, text: str, seconds_left: float | None = None) -> None:
         """Work that has no steps: moves the bar where there is one, else writes a line (how often is the caller's)."""
         with self._lock:
@@ -334,6 +352,15 @@ class RunConsole:
             self._write(self._out if self._out is not None else sys.stdout, line, clean=False)
             self._summary_printed = True
         return line
+
+    def urgent(self, text: str) -> None:
+        """A line from inside a signal handler: past every lock and buffer that the interrupted code may hold."""
+        line = (_one_line(text) + "\n").encode()
+        descriptor = descriptor_of(self._err) if self._err is not None else None
+        for target in (descriptor, self._log_fd if self._log_fd >= 0 else None):
+            if target is not None:
+                with contextlib.suppress(OSError):  # nobody reads any more, or a full disk
+                    os.write(target, line)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

@@ -1,93 +1,257 @@
-"""Summary of one evaluation: mean@K, maj@K and pass@1 … pass@K with intervals over questions.
-
-Shapes: P questions, K samples each. All values are shares in [0, 1].
-"""
+"""Evaluate: `python -m recipe.evaluate model=tiny data=tiny_world evaluation=sdpo`."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipe.score_interval import share_interval
-from verl_ext.sample_statistics import majority_correct, mean_at_k, pass_at_k
+from data_prep.sources import sha256_of
+from recipe import sample
+from recipe.cluster import prepare_environment
+from recipe.command import command_line, preset_lines
+from recipe.compose import EVALUATION, ROOT, compose_config
+from recipe.console import RunConsole
+from recipe.environment import commit, machine, versions
+from recipe.evaluation_checks import check_answers, check_verifier
+from recipe.evaluation_items import FORMAT, ITEMS, RESULT, Item, build_items, write_items
+from recipe.evaluation_numbers import POOLED, group_numbers, notes, table
+from recipe.evaluation_settings import EvaluationConfig, evaluation_config
+from recipe.run_files import to_plain
+from recipe.sample_data import read_questions
+from recipe.sample_settings import SampleConfig, sample_config
+from verl_ext.atomic import write_atomically
+from verl_ext.question_data import file_list
+from verl_ext.sample_store import differences, read_manifest, read_store
+
+HELP = """Evaluate a model on held-out questions: mean@k, maj@k, pass@k, format, length, truncation, with intervals.
+
+  python -m recipe.evaluate [evaluation=SETTING] [group=preset ...] [key=value ...]
+
+Presets:
+{groups}
+
+Keys: those of `python -m recipe.sample`; among them
+  sample.checkpoint=DIR     what is evaluated in place of the preset's model: a Hugging Face model folder, or a
+                            checkpoint of a training run (run.output_dir/checkpoints/global_step_N) that holds one
+  sample.k=N                samples per question
+  sample.limit=N            only the first N questions
+  sample.out=DIR            folder of samples and results; by default one below outputs/evaluations whose name follows
+                            from model, data and settings, so that the same command always means the same folder
+  evaluation.ks=[1,4,16]    k of pass@k (1 to sample.k)
+  evaluation.level=L        of confidence of the intervals (0.95)
+  evaluation.check_gold=false    go without showing the verifier the data's own right answers first
+
+A setting is a paper's way of sampling (`evaluation=` presets); data=PRESET gives questions and verifier. Ctrl-C or a
+kill keeps every finished sample: the same command goes on. A larger sample.k tops the samples up.
+
+DIR/evaluation.json has every number with its interval, and the model, prompt template, sampling, verifier and versions
+behind it; evaluation.md the table; items.jsonl every question, for `python -m recipe.compare_evaluations A B`. The
+intervals speak about other questions of the same kind answered by this run, not about another training run. The last
+line on standard output is one JSON object.
+
+Options:
+  --cfg     print the composed configuration and stop
+  --help    this text
+"""
+TABLE = "evaluation.md"
+VERIFIER_LIBRARIES = ("math-verify", "sympy")
+# What may differ between two commands that go on with the same samples.
+NOT_OF_THE_FOLDER = {"sample": {"k", "out", "concurrency", "verify_workers"}, "evaluation": {"ks", "level"}}
+OF_THE_FOLDER = ("sample", "evaluation", "verifier", "data", "actor_rollout_ref.model", "actor_rollout_ref.rollout")
 
 
-def summarize(
-    correct_PK: Sequence[Sequence[float]],
-    answers_PK: Sequence[Sequence[Hashable | None]] | None = None,
-    *,
-    ks: Sequence[int] | None = None,
-    level: float = 0.95,
-) -> dict[str, dict[str, float]]:
-    """mean@K, maj@K where answers are given, and pass@k.
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The checked configuration, with a folder. Raises ConfigError."""
+    config = compose_config(overrides, name="evaluate")
+    if config.sample.out is None:
+        with open_dict(config):
+            config.sample.out = str(Path("outputs") / "evaluations" / folder_name(config))
+    sample_config(config)
+    evaluation_config(config)
+    return config
 
-    The intervals speak about other questions of the same kind, answered by the same run: they hold the choice of
-    questions and the sampling of answers, not another training run (:mod:`recipe.intervals` has those). The procedure
-    is :func:`recipe.score_interval.share_interval` on one value a question.
+
+def folder_name(config: DictConfig) -> str:
+    """Model, data and setting in words, and a digest of all that decides a sample."""
+    plain = {}
+    for key in OF_THE_FOLDER:
+        block = OmegaConf.to_container(OmegaConf.select(config, key), resolve=True)
+        plain[key] = {name: value for name, value in block.items() if name not in NOT_OF_THE_FOLDER.get(key, ())}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    model = Path(config.sample.checkpoint or config.actor_rollout_ref.model.path)
+    files = file_list(config.data.train_files if config.sample.split == "train" else config.data.val_files)
+    words = ["-".join(model.parts[-2:]), *(Path(file).parent.name for file in files[:1])]
+    words.append(config.evaluation.setting or "")
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", word).strip("-") for word in [*words, digest] if word)
+
+
+def run(config: DictConfig, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Draws what the store lacks (:func:`recipe.sample.run`) and writes the evaluation; returns the flat summary.
 
     Args:
-        correct_PK: [P, K] verdicts: 1 right, 0 wrong. Shares in between (partly right) are averaged, but have no
-            pass@k.
-        answers_PK: [P, K] canonical keys of the answers; equal keys vote together, and None or an empty text does not
-            vote. Which answers are equivalent is the verifier's business: "1/2" and "0.5" are two answers here.
-        ks: of pass@k; by default 1 … K, or none where a verdict is neither 0 nor 1.
-        level: of confidence, in (0, 1).
-
-    Returns:
-        Keys such as ``"mean@16"``, ``"maj@16"``, ``"pass@4"``; each ``{"value", "low", "high"}``.
+        config: of :func:`compose`.
+        command: the overrides, for the record.
 
     Raises:
-        ValueError: no question or no sample, questions with differing numbers of samples, a verdict outside [0, 1],
-            answers of another shape, k larger than the number of samples or asked for with verdicts between 0 and 1.
+        ConfigError: a question without an answer, a verifier that is not for the data, a model folder that is none.
+        StoreError, PromptError, VerifierBroken: as `recipe.sample`.
     """
-    correct = [[float(verdict) for verdict in row] for row in correct_PK]
-    samples = _samples(correct)
-    binary = all(verdict in (0.0, 1.0) for row in correct for verdict in row)
-    if ks is None:
-        ks = range(1, samples + 1) if binary else ()
-    elif ks and not binary:
-        raise ValueError("pass@k needs verdicts of 0 or 1; found one in between")
-    # First of all values: k is checked before anything is computed.
-    passes = {k: [pass_at_k(samples, right, k) for right in range(samples + 1)] if binary else [] for k in ks}
-    shares = {f"mean@{samples}": [mean_at_k([row]) for row in correct]}
-    if answers_PK is not None:
-        _check_answers(answers_PK, correct)
-        shares[f"maj@{samples}"] = [majority_correct(*rows) for rows in zip(correct, answers_PK, strict=True)]
-    counts = [int(sum(row)) for row in correct] if binary else []
-    for k, by_count in passes.items():
-        shares[f"pass@{k}"] = [by_count[count] for count in counts]
-    return {key: _with_interval(values, level) for key, values in shares.items()}
+    prepare_environment(config.run.platform)
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    block, settings = sample_config(config), evaluation_config(config)
+    folder = Path(str(block.out)).absolute()
+    key = "data.train_files" if block.split == "train" else "data.val_files"
+    requests, _ = read_questions(config, block.split, block.limit)
+    check_answers(requests, key)
+    if settings.check_gold:
+        check_verifier(config, requests, key)
+
+    def finish(sampled: dict[str, Any], left_out: dict[str, list[str]], screen: RunConsole) -> dict[str, Any]:
+        from verl_ext.answer_keys import answer_keys
+
+        screen.phase("comparing answers")
+        skipped = {name for names in left_out.values() for name in names}
+        keys = answer_keys(config)
+        asked = [request for request in requests if request.question_id not in skipped]
+        items = build_items(asked, read_store(folder)[1], block.k, keys)
+        groups = group_numbers(items, samples=block.k, ks=settings.ks, level=settings.level)
+        said = notes(groups, rule=keys.rule, undecided=keys.undecided)
+        result = {
+            "groups": groups,
+            "majority": {"rule": keys.rule, "undecided": keys.undecided},
+            **_record(config, block, settings, folder, command),
+        }
+        result["notes"] = said + _version_notes(result["versions"], folder)
+        _write(folder, result, items)
+        screen.text(table(groups))
+        for note in result["notes"]:
+            screen.note(note)
+        return _flat(groups[POOLED]) | {
+            "drawn": sampled["drawn"],
+            "seconds": sampled["seconds"],
+            "evaluation": str(folder / RESULT),
+        }
+
+    return sample.run(config, finish=finish)
 
 
-def _with_interval(shares_P: Sequence[float], level: float) -> dict[str, float]:
-    # Rounding may leave a share of exactly 1 a little above.
-    clipped_P = np.clip(shares_P, 0.0, 1.0)
-    low, high = share_interval(clipped_P, level)
-    return {"value": float(clipped_P.mean()), "low": low, "high": high}
+def _record(
+    config: DictConfig, block: SampleConfig, settings: EvaluationConfig, folder: Path, command: Sequence[str]
+) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    key = "train_files" if block.split == "train" else "val_files"
+    manifest = read_manifest(folder)
+    return {
+        "format": FORMAT,
+        "samples": block.k,
+        "level": settings.level,
+        "population": "items",
+        "setting": {"name": settings.setting, "source": settings.source},
+        # Model, sampling, prompt template and verifier, as the store holds them.
+        "settings": manifest["settings"],
+        "store": manifest["key"],
+        "data": {
+            "files": [{"file": file, "sha256": sha256_of(Path(file))} for file in file_list(config.data[key])],
+            "split": block.split,
+            "limit": block.limit,
+        },
+        "command": ["python", "-m", "recipe.evaluate", *command],
+        "versions": versions() | {name: _version(name) for name in VERIFIER_LIBRARIES},
+        "machine": machine(),
+        "commit": commit(ROOT),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
-def _samples(correct: Sequence[Sequence[float]]) -> int:
-    if not correct:
-        raise ValueError("no questions to summarise")
-    samples = len(correct[0])
-    for question, row in enumerate(correct):
-        if not row:
-            raise ValueError(f"question {question} has no samples")
-        if len(row) != samples:
-            raise ValueError(
-                f"question {question} has {len(row)} samples, question 0 has {samples}; expected as many of each"
-            )
-        for verdict in row:
-            if not 0 <= verdict <= 1:
-                raise ValueError(f"verdicts must lie in [0, 1]; question {question} has {verdict:g}")
-    return samples
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
-def _check_answers(answers_PK: Sequence[Sequence[Any]], correct: Sequence[Sequence[float]]) -> None:
-    if len(answers_PK) != len(correct):
-        raise ValueError(f"answers of {len(answers_PK)} questions for verdicts of {len(correct)}")
-    for question, (answers, verdicts) in enumerate(zip(answers_PK, correct, strict=True)):
-        if len(answers) != len(verdicts):
-            raise ValueError(f"question {question} has {len(verdicts)} verdicts for {len(answers)} answers")
+def _version_notes(now: Mapping[str, Any], folder: Path) -> list[str]:
+    """The store's manifest says which versions it was begun with."""
+    begun = read_manifest(folder).get("info", {}).get("versions") or {}
+    changed = differences(begun, {name: now[name] for name in begun if name in now}, "the store was begun with")
+    return [f"The samples are of several versions. {line}" for line in changed]
+
+
+def _write(folder: Path, result: dict[str, Any], items: Sequence[Item]) -> None:
+    """The result last: where it is there, the others belong to it."""
+    (folder / RESULT).unlink(missing_ok=True)
+    result["items"] = {"file": ITEMS, "sha256": write_items(folder / ITEMS, items)}
+    write_atomically(folder / TABLE, markdown(result) + "\n")
+    write_atomically(
+        folder / RESULT, json.dumps(to_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The page: table, what the intervals speak about, notes, and what was measured with what."""
+    settings, setting = result["settings"], result["setting"]
+    template = settings["chat_template"]
+    sampling = ", ".join(f"{name} {value}" for name, value in settings["sampling"].items())
+    used = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    facts = [
+        f"model: `{settings['model']['path']}`, fingerprint `{settings['model']['fingerprint']}`",
+        "data: " + ", ".join(f"`{part['file']}` ({part['sha256'][:12]})" for part in result["data"]["files"]),
+        f"setting: {setting['name']} ({setting['source']}); {result['samples']} samples, {sampling}",
+        f"prompt template: `{template['hash']}`, arguments `{json.dumps(template['kwargs'])}`",
+        f"verifier: `{json.dumps(settings['verifier'])}`",
+        f"versions: {used}; commit {result['commit']}",
+        f"finished: {result['finished']}",
+    ]
+    level = f"{100 * result['level']:g}%"
+    lines = [
+        "# Evaluation",
+        "",
+        table(result["groups"]),
+        "",
+        f"In brackets: {level} intervals over items, for other questions of the same kind answered by this run. "
+        "They do not hold the spread over training runs.",
+        *(["", *(f"* {note}" for note in result["notes"])] if result["notes"] else []),
+        "",
+        *(f"* {fact}" for fact in facts),
+    ]
+    return "\n".join(lines)
+
+
+def _flat(pooled: Mapping[str, Any]) -> dict[str, Any]:
+    """The pooled numbers for the last line: values, and the bounds of the mean."""
+    values: dict[str, Any] = {"questions": pooled["questions"], "samples": pooled["samples"]}
+    for name, entry in pooled["metrics"].items():
+        values[name] = round(entry["value"], 6)
+        if name.startswith("mean@"):
+            values |= {f"{name}/low": round(entry["low"], 6), f"{name}/high": round(entry["high"], 6)}
+    rates = {key: pooled[key] and round(pooled[key]["value"], 6) for key in ("format", "truncated")}
+    return values | rates | {"tokens": round(pooled["length"]["mean"], 1), "verifier_errors": pooled["verifier_errors"]}
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    return HELP.format(groups=preset_lines(EVALUATION))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit code."""
+    return command_line(
+        arguments,
+        help_text=help_text,
+        config_name="evaluate",
+        run=lambda overrides: run(compose(overrides), overrides),
+        refusals=sample.REFUSALS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -56,10 +56,12 @@ def check_output_folder(config: DictConfig, folder: Path, note: Callable[[str], 
         _check_same_run(config, folder)
     manifest = newest_complete(checkpoints, full=full, note=note)
     if manifest is None:
-        _check_nothing_lost(folder, checkpoints / TRACKER)
+        _check_nothing_lost(config, folder, checkpoints / TRACKER)
         return 0
     _check_checkpoint(config, checkpoints / f"global_step_{manifest.step}", manifest)
-    if manifest.step >= config.run.steps:
+    # Without a summary the run was ended after its last checkpoint: what is left to do is the result.
+    finished = manifest.step == config.run.steps and (folder / "summary.json").exists()
+    if finished or manifest.step > config.run.steps:
         raise ConfigError(
             f"{folder} is finished: its checkpoint is at step {manifest.step} and run.steps is {config.run.steps}; "
             "ask for more steps or choose another folder"
@@ -67,13 +69,16 @@ def check_output_folder(config: DictConfig, folder: Path, note: Callable[[str], 
     return manifest.step
 
 
-def _check_nothing_lost(folder: Path, tracker: Path) -> None:
+def _check_nothing_lost(config: DictConfig, folder: Path, tracker: Path) -> None:
     metrics = folder / "metrics.jsonl"
     # A run that was stopped before its first step (while it took pass rates, say) has nothing to lose.
     if tracker.exists() or metrics.exists() and any(record["step"] > 0 for record in read_metric_records(metrics)):
+        if config.run.start_over and not tracker.exists():
+            _check_same_run(config, folder)
+            return
         raise ConfigError(
-            f"run.output_dir {folder} holds a run without a checkpoint to resume from; "
-            "choose another folder or remove this one"
+            f"run.output_dir {folder} holds a run without a checkpoint to resume from; choose another folder or remove "
+            "this one" + ("" if tracker.exists() else ", or begin it anew with run.start_over=true")
         )
 
 

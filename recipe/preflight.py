@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 
 from recipe.adapter_checks import check_targets
+from recipe.memory import known_architectures
 from recipe.question_checks import check_questions
 from recipe.revision_checks import check_revision, resolve_phrases
 from verl_ext.config import ConfigError, distill_config
+from verl_ext.logger_names import extra_loggers
 from verl_ext.question_data import file_list
 from verl_ext.stages import stages
 from verl_ext.verifier_config import VerifierConfig, check_function, verifier_config
@@ -31,14 +34,28 @@ def preflight(config: DictConfig) -> None:
 
     Writes into ``config`` what depends on the model: the phrases of the context "revision".
     """
-    resolve_phrases(config)
-    check_attention(config)
-    check_function(verifier_config(config.verifier))
-    positions = check_model(config)
-    check_lengths(config, positions)
-    check_teacher(config)
-    check_targets(config)
-    check_revision(config)
+    for _, part in parts(config):
+        part()
+
+
+def parts(config: DictConfig) -> list[tuple[str, Callable[[], None]]]:
+    """The checks by name, in their order; each raises ConfigError (or StoreError). :mod:`recipe.doctor` lists them."""
+    return [
+        ("revision phrases", lambda: resolve_phrases(config)),
+        ("loggers", lambda: check_loggers(config)),
+        ("attention kernels", lambda: check_attention(config)),
+        ("verifier", lambda: check_function(verifier_config(config.verifier))),
+        ("model and lengths", lambda: check_lengths(config, check_model(config))),
+        ("teacher and support", lambda: check_teacher(config)),
+        ("adapter", lambda: check_targets(config)),
+        ("revision turn", lambda: check_revision(config)),
+        ("data files", lambda: check_data(config)),
+        ("questions", lambda: check_questions(config)),
+    ]
+
+
+def check_data(config: DictConfig) -> None:
+    """Every data file is there and has what the trainer reads."""
     for key in ("train_files", "val_files"):
         files = file_list(config.data[key])
         if not files:
@@ -49,7 +66,6 @@ def preflight(config: DictConfig) -> None:
         check_parquet(Path(str(file)), "forgetting.files")
     if config.forgetting.function is not None:
         check_function(VerifierConfig(function=config.forgetting.function, options=dict(config.forgetting.options)))
-    check_questions(config)
 
 
 def _how_to_make(path: Path) -> str:
@@ -95,6 +111,16 @@ def check_parquet(path: Path, key: str) -> None:
                 raise ConfigError(f"{key}: {path}, row {row}: extra_info.{name} is missing")
 
 
+def check_loggers(config: DictConfig) -> None:
+    """The loggers that are asked for exist here, and none is asked for what it would not get."""
+    extra_loggers(config.trainer.logger)
+    if config.trainer.log_val_generations:
+        raise ConfigError(
+            f"trainer.log_val_generations is {config.trainer.log_val_generations}; allowed: 0. Completions are in "
+            "completions.jsonl and the report (distill.samples.*), not in loggers"
+        )
+
+
 def check_attention(config: DictConfig) -> None:
     """Packed rows on GPUs need flash-attn; without it verl falls back to something slow, or fails late."""
     wanted = config.actor_rollout_ref.model.override_config.get("attn_implementation")
@@ -128,10 +154,10 @@ def check_teacher(config: DictConfig) -> None:
 
 
 def check_model(config: DictConfig) -> int | None:
-    """The model's number of positions, where the model is a local folder."""
+    """The model's number of positions; None for a hub name that is not in the table of :mod:`recipe.memory`."""
     path = str(config.actor_rollout_ref.model.path)
     if not path.startswith(("/", ".", "~")):
-        return None
+        return known_architectures().get(path, {}).get("max_position_embeddings")
     folder = Path(path).expanduser()
     if not (folder / "config.json").exists():
         raise ConfigError(

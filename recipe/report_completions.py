@@ -19,8 +19,8 @@ from recipe.alarm_looks import Record
 from recipe.console_format import clean_line
 
 MAX_ROWS = 200
-TEXT_LIMITS = (6000, 3000, 1500, 700)  # characters of a text; the first with which all rows fit the budget
-BUDGET = 2_500_000  # bytes of all rows on the page
+TEXT_LIMITS = (6000, 3000)  # characters of a text; where neither fits the budget, there are half as many rows
+BUDGET = 3_000_000  # bytes of all rows on the page
 MAX_TOKENS = 3000  # coloured in a row
 LEVELS = 6
 NEGATIVE = "abcdef"  # the levels below 0: a clipped or sampled divergence has either sign

@@ -41,7 +41,7 @@ def check_revision(config: DictConfig) -> None:
     asked = [context for context in asked if context.placement == "assistant"]
     if not asked:
         return
-    tokenizer, kwargs = _tokenizer(config), dict(config.data.get("apply_chat_template_kwargs") or {})
+    tokenizer, kwargs = model_tokenizer(config), dict(config.data.get("apply_chat_template_kwargs") or {})
     try:
         check_continuation(tokenizer, kwargs)
         for context in asked:
@@ -69,7 +69,8 @@ def _phrases(config: DictConfig, stage: DistillConfig) -> Phrases | None:
     return phrases_for(config, stage.context)
 
 
-def _tokenizer(config: DictConfig) -> Any:
+def model_tokenizer(config: DictConfig) -> Any:
+    """The model's tokenizer with the configured chat template. Raises ConfigError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     model = config.actor_rollout_ref.model

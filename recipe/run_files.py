@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from verl_ext.atomic import write_atomically
+from verl_ext.redaction import redacted
 
 if TYPE_CHECKING:
     import pandas
@@ -148,6 +149,7 @@ class RunFiles:
         self.completions_path = self.output_dir / "completions.jsonl"
         self.validation_path = self.output_dir / "validation.jsonl"
         self.summary_path = self.output_dir / "summary.json"
+        self.pending_path = self.output_dir / "pending_row.json"
         self.report_path = self.output_dir / "report.html"
         self.log_path = self.output_dir / "run.log"
         self.tensorboard_dir = self.output_dir / "tensorboard"
@@ -164,8 +166,8 @@ class RunFiles:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def write_config(self, config: Any) -> Path:
-        """Write the resolved configuration (a mapping, dataclass or OmegaConf node) as YAML."""
-        plain = to_plain(config, "config")
+        """Write the resolved configuration (a mapping, dataclass or OmegaConf node) as YAML, without its secrets."""
+        plain = redacted(to_plain(config, "config"))
         write_atomically(self.config_path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
         return self.config_path
 
@@ -190,6 +192,30 @@ class RunFiles:
         _append_lines(self.metrics_path, [plain])
         self._write_scalars(plain)
         return plain
+
+    def write_pending(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the row of a step whose checkpoint is about to be written, in case the run ends before the row is."""
+        write_atomically(self.pending_path, json_line({**metrics, "step": step}, "metrics") + "\n")
+
+    def recover_pending(self, step: int) -> bool:
+        """Append the kept row where it is that of ``step`` and metrics.jsonl lacks it; returns whether it did."""
+        if not self.pending_path.exists() or self.last_step() == step:
+            return False
+        records = read_json_lines(self.pending_path)
+        if not records or records[0].get("step") != step:
+            return False
+        self.append_metrics(step, records[0])
+        return True
+
+    def complete_metrics(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Add values to the row of a step that is written already (validation made up for); returns the whole row."""
+        plain = to_plain(metrics, "metrics")
+        records = self.read_metrics()
+        row = next(record for record in records if record["step"] == step)
+        row |= {key: value for key, value in plain.items() if key != "step"}
+        write_atomically(self.metrics_path, "".join(json_line(record) + "\n" for record in records))
+        self._write_scalars(plain | {"step": step})
+        return row
 
     def append_completions(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Append sampled completions, one object each; returns how many were written."""
@@ -287,11 +313,17 @@ def _append_lines(path: Path, records: list[Any]) -> None:
         return
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     data = text.encode("utf-8", errors="replace")
-    with open(path, "a+b", buffering=0) as file:
-        _cut_torn_end(file)
-        view = memoryview(data)
-        while view:  # a raw write may be partial on a full or remote disk
-            view = view[file.write(view) :]
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            _cut_torn_end(file)
+            view = memoryview(data)
+            while view:  # a raw write may be partial on a full or remote disk
+                view = view[file.write(view) :]
+    except OSError as error:
+        raise RunFileError(
+            f"{path} cannot be written: {error.strerror}; free some space there. The last checkpoint is whole, and the "
+            "same command goes on from it"
+        ) from error
 
 
 def _cut_torn_end(file: Any) -> None:

@@ -21,11 +21,14 @@ class RunConfig:
         val_every: validate every so many steps and after the last (-1: never after the start).
         val_before: validate before the first step.
         val_samples: samples per question in validation (the k of mean@k).
-        save_every: checkpoint every so many steps (-1: none).
+        save_every: checkpoint every so many steps (-1: only where the run is preempted).
         keep_checkpoints: newest complete checkpoints that are kept (-1: all).
         keep_best: beside them, keep the one whose own step validated best.
         verify_checkpoints: before a checkpoint is loaded, read every byte of it (``full``) or compare names and sizes
             (``size``).
+        start_over: a folder whose run was ended before its first checkpoint is begun anew; otherwise it is refused.
+        step_timeout: seconds that one phase of a step (rollout, update, checkpoint, validation) may take; then the run
+            ends with the stacks of its processes in a file (-1: no limit).
         platform: ``cpu`` for a machine without an accelerator, None to let verl find one.
         quiet: no line per step.
         log_tail: lines of the log shown when something fails.
@@ -44,6 +47,8 @@ class RunConfig:
     keep_checkpoints: int = -1
     keep_best: bool = True
     verify_checkpoints: str = "full"
+    start_over: bool = False
+    step_timeout: float = 7200.0
     platform: str | None = None
     quiet: bool = False
     log_tail: int = 40
@@ -60,6 +65,11 @@ class RunConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value == 0 or value < -1:
                 raise ConfigError(f"run.{key} is {value!r}; allowed: a whole number from 1, or -1 for {off}")
+        if not isinstance(self.start_over, bool):
+            raise ConfigError(f"run.start_over is {self.start_over!r}; allowed: true or false")
+        limit = self.step_timeout
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not (limit > 0 or limit == -1):
+            raise ConfigError(f"run.step_timeout is {limit!r}; allowed: seconds above 0, or -1 for no limit")
         if not isinstance(self.keep_best, bool):
             raise ConfigError(f"run.keep_best is {self.keep_best!r}; allowed: true, false")
         if self.verify_checkpoints not in VERIFY:

@@ -1,6 +1,12 @@
 """Fine-tune on prepared sequences: `python -m recipe.sft sft.files=[X.parquet] sft.out=DIR model=tiny hardware=cpu`."""
+# ruff: noqa: E402  (the signals come before imports that take seconds)
 
 from __future__ import annotations
+
+from verl_ext.preemption import PREEMPTION
+
+if __name__ == "__main__":
+    PREEMPTION.listen()
 
 import hashlib
 import json
@@ -24,11 +30,13 @@ from recipe.console import RunConsole
 from recipe.console_format import StepClock, format_number
 from recipe.environment import versions
 from recipe.output_folder import check_writable
-from recipe.preflight import check_attention
+from recipe.preflight import check_attention, check_loggers
 from recipe.run_files import RunFiles, json_line
 from recipe.sft_settings import SftConfig, sft_config, verl_sft_config
 from verl_ext.atomic import write_atomically
 from verl_ext.config import ConfigError
+from verl_ext.heartbeat import START, beat, beating
+from verl_ext.loggers import Loggers, running_loggers
 
 if TYPE_CHECKING:
     from verl_ext.sft_rows import SftRows
@@ -49,7 +57,7 @@ Keys:
   sft.batch_size=N          sequences of an optimiser step, over all ranks (64)
   sft.max_length=N          tokens of a sequence; a longer one is refused, never cut (32768)
   sft.weight_decay=W  sft.betas=[B1,B2]  sft.clip=C         AdamW (1e-4, [0.9, 0.95]), norm of the gradient (1.0)
-  sft.save_every=N          checkpoint to resume from every N steps (-1: none, only the model at the end)
+  sft.save_every=N          checkpoint to resume from every N steps (-1: only when preempted)
   sft.max_tokens_per_gpu=N  of a micro-batch (sft.max_length)
   run.seed=N                order of the rows
   actor_rollout_ref.model.path=DIR          the model to start from
@@ -90,6 +98,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
     prepare_environment(config.run.platform)
     folder = Path(str(block.out)).absolute()
     check_attention(config)
+    check_loggers(config)
     rows = _read_rows(config, block)
     check_writable(folder, "sft.out")
     asked = _settings(config, block)
@@ -236,11 +245,13 @@ def _train(
     files = [str(Path(name).absolute()) for name in block.files]
     asked = verl_sft_config(config, block, files=files, checkpoints=folder / "checkpoints", steps=steps)
     screen.phase("starting Ray")
-    with importing("verl_ext.sft_trainer"), ray_cluster(config):
+    with PREEMPTION.telling(screen.urgent), beating(folder), importing("verl_ext.sft_trainer"), ray_cluster(config):
+        beat(START)
         from verl_ext.sft_trainer import fine_tune
 
-        screen.phase("starting workers")
-        made = fine_tune(asked, progress, seed=config.run.seed, folder=partial, phase=screen.phase)
+        with running_loggers(config, lambda text: screen.note(f"warning: {text}")) as progress.loggers:
+            screen.phase("starting workers")
+            made = fine_tune(asked, progress, seed=config.run.seed, folder=partial, phase=screen.phase)
     place = folder / "model"
     # One that is there is of a run that was stopped between this and its last line.
     shutil.rmtree(place, ignore_errors=True)
@@ -257,6 +268,7 @@ class _Progress:
         self._files, self._screen, self._started, self._steps = files, screen, started, steps
         self._clock = StepClock(steps)
         self._last = -math.inf
+        self.loggers = Loggers()
         self.seconds_to_first_step: float | None = None
         self.step_seconds: list[float] = []
 
@@ -266,7 +278,7 @@ class _Progress:
             self.seconds_to_first_step = time.perf_counter() - self._started
         else:
             self.step_seconds.append(values["time/step"])
-        self._files.append_metrics(step, values)
+        self.loggers.log(step, self._files.append_metrics(step, values | self.loggers.counts()))
         left = self._clock.add(step, now, values["time/step"])
         if not math.isfinite(values["grad_norm"]):
             self._screen.note(f"warning: step {step} was skipped, its loss or gradient is not finite")

@@ -34,7 +34,7 @@ class SftConfig:
         min_lr_ratio: where the cosine ends, as a share of lr.
         weight_decay, betas: of AdamW.
         clip: largest norm of the gradient.
-        save_every: checkpoint to resume from every so many steps; -1: none, only the model at the end.
+        save_every: checkpoint to resume from every so many steps; -1: only where the run is preempted.
         max_tokens_per_gpu: of a micro-batch; None: max_length. Changes speed and memory only.
     """
 

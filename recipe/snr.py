@@ -165,7 +165,13 @@ class _Sink:
         """A gradient that is no number."""
         self.warning(f"{len(rows)} rows have a gradient that is not finite: question {rows[0]['question_id']}")
 
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """Beside the bar; the questions' own lines say the rest."""
+        self._screen.working(text, seconds_left)
+
     def validated(self, seconds: float) -> None: ...
+
+    def pending(self, step: int, values: dict[str, Any]) -> None: ...
 
     def saved(self, step: int, size: int) -> None: ...
 

@@ -83,7 +83,7 @@ class Answer:
             its rows cannot be compared.
         comparison: None where there is none.
         metric: with its k.
-        seeds: of the runs compared.
+        seeds, other_seeds: of the runs of first and second.
         blind_below: the smallest true difference beyond delta that as many seeds show with 80% power.
         note: what the reader must know; why it was refused.
     """
@@ -93,6 +93,7 @@ class Answer:
     comparison: Comparison | None = None
     metric: str = ""
     seeds: tuple[int, ...] = ()
+    other_seeds: tuple[int, ...] = ()
     blind_below: float | None = None
     note: str = ""
 
@@ -178,7 +179,7 @@ def _compare(question: StudyQuestion, first: EntryAccuracy | None, second: Entry
         notes.append("rows without counts by question: that both ran on the same ones is taken from the declaration")
     population = min((first, second), key=lambda one: len(one.seeds)).population
     if population is None:
-        return Answer(question, "not resolved", metric=first.metric, seeds=first.seeds, note="one seed: no interval")
+        return Answer(question, "not resolved", note="one seed: no interval")
     comparison = compare(
         *(_method_runs(one) for one in (first, second)),
         delta=question.delta,
@@ -193,6 +194,7 @@ def _compare(question: StudyQuestion, first: EntryAccuracy | None, second: Entry
         comparison,
         first.metric,
         first.seeds,
+        second.seeds,
         None if population == "items" else _blind_below(first, second, question.pairing),
         "; ".join(notes),
     )

@@ -16,12 +16,13 @@ from typing import Any
 
 from recipe.console_format import format_seconds
 from recipe.intervals import Interval
-from recipe.run_files import as_number, write_atomically
+from recipe.run_files import as_number
 from recipe.study_answers import Answer, EntryAccuracy, answer, entry_accuracy, rows_of
 from recipe.study_chart import study_svg
 from recipe.study_curves import curves_svg
 from recipe.study_file import Study, StudyRun
 from recipe.study_rows import expected_seconds, line
+from verl_ext.atomic import write_atomically
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -221,10 +222,15 @@ def _detail(one: Answer) -> str:
     at = "" if question.step is None else f" at step {question.step}"
     text = f"`{question.first}` above `{question.second}`{by}, {one.metric or question.metric}{at}"
     if one.seeds:
-        text += f", {question.pairing} seeds {', '.join(map(str, one.seeds))}"
+        text += f", {question.pairing} seed{'s' * (len(one.seeds) > 1)} {_listed(one.seeds)}"
+        text += f" against {_listed(one.other_seeds)}" if one.other_seeds != one.seeds else ""
     if question.source:
         text += f". Claim: {question.source}"
     return text + "." + (f" Note: {one.note}." if one.note else "")
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -1,10 +1,18 @@
 """Train: `python -m recipe.train method=sc_sdpo model=tiny data=tiny_world hardware=cpu`."""
+# ruff: noqa: E402  (the signals come before imports that take seconds)
 
 from __future__ import annotations
 
+from verl_ext.preemption import PREEMPTION
+
+if __name__ == "__main__":
+    PREEMPTION.listen()
+
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,8 @@ from recipe.cluster import importing, prepare_environment, ray_cluster
 from recipe.command import command_line, preset_lines
 from recipe.compose import compose_config
 from recipe.console import RunConsole
+from recipe.doctor_machine import cheap_findings
+from recipe.findings import raise_failures
 from recipe.output_folder import check_output_folder
 from recipe.preflight import preflight
 from recipe.preset_changes import preset_changes
@@ -24,7 +34,10 @@ from recipe.report import build_report
 from recipe.run_files import RunFiles
 from verl_ext.checkpoint_saving import point_tracker
 from verl_ext.config import ConfigError
+from verl_ext.heartbeat import START, Heartbeat, beat, beating
+from verl_ext.loggers import Loggers, running_loggers
 from verl_ext.sample_store import StoreError
+from verl_ext.watchdog import Watchdog
 
 HELP = """Train a model by pass-rate-weighted on-policy self-distillation, on verl.
 
@@ -38,12 +51,15 @@ Often used keys:
   run.steps=N               trainer steps in all
   run.seed=N                data order, rollouts, demonstrations
   run.val_every=N           validate every N steps and after the last (-1: never)
-  run.save_every=N          checkpoint every N steps (-1: never)
+  run.save_every=N          checkpoint every N steps (-1: only when preempted)
   run.keep_checkpoints=N    keep the newest N and the best one (-1: all)
+  run.step_timeout=S        seconds without progress after which the run is ended (7200)
   distill.weighting.alpha=A distill.weighting.beta=B     question weight p^A (1-p)^B
   distill.teacher.update_rate=TAU                        EMA rate
   trainer.n_gpus_per_node=N trainer.nnodes=M             ranks
   actor_rollout_ref.*, data.*, algorithm.*, trainer.*    every key of verl's own configuration
+
+SIGUSR1 and SIGTERM: a checkpoint at the end of the step, then exit code 75; the same command goes on from there.
 
 Options:
   --cfg     print the composed configuration and stop
@@ -52,7 +68,7 @@ Options:
 
 
 class _Sink:
-    """Takes the trainer's metrics to the run's files and the terminal."""
+    """Takes the trainer's metrics to the run's files, the terminal and the loggers."""
 
     def __init__(
         self, config: DictConfig, files: RunFiles, console: RunConsole, started: float, resume_step: int
@@ -60,6 +76,7 @@ class _Sink:
         self.config, self.files, self.console, self.started = config, files, console, started
         self.first_step = resume_step + 1
         self.seconds_to_first_step: float | None = None
+        self.loggers = Loggers()
         self.validation_seconds = 0.0
         self.step_seconds: list[float] = []
         self._validation: float | None = None
@@ -71,6 +88,10 @@ class _Sink:
     def warning(self, text: str) -> None:
         """Something the user should see."""
         self.console.note(f"warning: {text}")
+
+    def working(self, text: str, seconds_left: float | None = None) -> None:
+        """What is going on beside the steps."""
+        self.console.working(text, seconds_left)
 
     def validated(self, seconds: float) -> None:
         """Validation before the first step is not part of the time to it."""
@@ -93,9 +114,17 @@ class _Sink:
         if "time/validation" not in row and self._validation is not None:
             row["time/validation"] = self._validation
         self._validation = None
-        record = self.files.append_metrics(step, row)
+        made_up_for = "time/step" not in row and 0 < step == self.first_step - 1
+        record = (self.files.complete_metrics if made_up_for else self.files.append_metrics)(
+            step, row | self.loggers.counts()
+        )
+        self.loggers.log(step, record)
         if step >= self.first_step or "time/step" not in row:
             self.console.step_line(record)
+
+    def pending(self, step: int, values: dict[str, Any]) -> None:
+        """The row of a step that is being saved."""
+        self.files.write_pending(step, step_record(values))
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Sampled completions."""
@@ -164,6 +193,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
         return chain.run(config)
     passed_over: list[str] = []
     resume_step = check_output_folder(config, output, passed_over.append)
+    warnings = raise_failures(cheap_findings(config))
     files = RunFiles(output)
     with (
         files,
@@ -176,6 +206,7 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             tail_lines=config.run.log_tail,
         ) as screen,
     ):
+        files.write_config(OmegaConf.to_container(config, resolve=True))
         for text in passed_over:
             screen.note(f"warning: {text}")
         if resume_step:
@@ -183,18 +214,26 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             point_tracker(Path(config.trainer.default_local_dir), resume_step)
             files.truncate_to_step(resume_step)
             screen.note(f"resuming after step {resume_step} of {config.run.steps} from {output}")
+            if files.recover_pending(resume_step):
+                screen.note(f"the row of step {resume_step} was not written before the run ended; it is now")
+            with open_dict(config):
+                config.trainer.val_before_train = _validation_is_missing(config, files, resume_step)
         else:
             files.truncate_to_step(-1)
-        files.write_config(OmegaConf.to_container(config, resolve=True))
+        for warning in warnings:
+            screen.note(warning)
         sink = _Sink(config, files, screen, started, resume_step)
-        screen.phase("starting Ray")
-        with importing("verl_ext.session"), ray_cluster(config):
-            from verl_ext.early import start
+        with PREEMPTION.telling(screen.urgent), beating(output) as heart, _watched(config, heart, output):
+            beat(START, step=resume_step, saved=resume_step)
+            screen.phase("starting Ray")
+            with importing("verl_ext.session"), ray_cluster(config):
+                from verl_ext.early import start
 
-            early = start(config)
-            from verl_ext.session import run_session
+                early = start(config)
+                from verl_ext.session import run_session
 
-            run_session(config, sink, early, seed=config.run.seed)
+                with running_loggers(config, sink.warning) as sink.loggers:
+                    run_session(config, sink, early, seed=config.run.seed)
         summary = _summary(config, files, sink)
         files.write_summary(summary)
         write_changes(files, config)
@@ -204,6 +243,22 @@ def run(config: DictConfig, console: RunConsole | None = None) -> dict[str, Any]
             screen.text("\n".join(lines))
         screen.summary(summary)
     return summary
+
+
+def _validation_is_missing(config: DictConfig, files: RunFiles, step: int) -> bool:
+    """Whether the step to resume from should have been validated and was not: the run ended, or was cut, before."""
+    every = config.run.val_every
+    due = every > 0 and (step % every == 0 or step == config.run.steps)
+    row = next((record for record in files.read_metrics() if record["step"] == step), None)
+    return due and row is not None and row.get(f"val/mean@{config.run.val_samples}") is None
+
+
+def _watched(config: DictConfig, heart: Heartbeat, output: Path) -> AbstractContextManager[None]:
+    limit = config.run.step_timeout
+    # Only the main thread can be woken by a signal.
+    if limit < 0 or threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    return Watchdog(heart, limit, output).watching()
 
 
 def write_changes(files: RunFiles, config: DictConfig) -> None:

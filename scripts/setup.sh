@@ -156,9 +156,11 @@ explain() {
   die "$1 failed" "The whole log is $log. Run scripts/setup.sh again once the cause is removed."
 }
 
-# step TITLE COMMAND…: runs it with a sign of life, says how long it took; returns the command's status.
+# step TITLE COMMAND…: runs it with a sign of life, says how long it took; returns the command's status. Where TITLE
+# begins with a number of packages, the time left is estimated from those that are fetched.
 step() {
-  local title=$1 begin=$SECONDS status=0 shown=0 state
+  local title=$1 begin=$SECONDS status=0 shown=0 state total=0
+  [[ ! $title =~ ^([0-9]+)\  ]] || total=${BASH_REMATCH[1]}
   shift
   : >"$log"
   "$@" >>"$log" 2>&1 &
@@ -168,7 +170,15 @@ step() {
     if ((SECONDS - begin - shown >= 15)); then
       shown=$((SECONDS - begin))
       state=$(grep -c '^Collecting ' "$log" || true)
-      if ((state == 0)); then state=''; elif grep -q '^Installing collected' "$log"; then state=', unpacking'; else state=", $state packages fetched"; fi
+      if ((state == 0)); then
+        state=''
+      elif grep -q '^Installing collected' "$log"; then
+        state=', unpacking'
+      elif ((total > state)); then
+        state=", $state of $total packages fetched, about $((shown * (total - state) / state)) s of fetching left"
+      else
+        state=", $state packages fetched"
+      fi
       say "  … $title: $shown s$state"
     fi
   done

@@ -15,11 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Bytes of all working tensors [rows, V] of a pass. On a CPU they stay in the cache, which is several times as fast as
-# going through memory (benchmarks/divergence.py --sweep); an accelerator needs large ones to be busy.
-WORK_BYTES = {"cpu": 20 << 20, "other": 3 << 29}
-# Rows of one matrix product with the head, for the hidden-state form.
-HEAD_ROWS = {"cpu": 256, "other": 1024}
+from verl_ext.chunk_sizes import HEAD_ROWS, WORK_BYTES
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +125,41 @@ def saving_only(manager: Any, contents: list[str]) -> Iterator[None]:
     finally:
         manager.checkpoint_save_contents = before
         manager.previous_saved_paths = kept
+
+
+@contextmanager
+def buffer_class(ours: type) -> Iterator[None]:
+    """Inside, verl's trainer builds its synchronous replay buffer as ``ours``, with all its own settings.
+
+    verl's key for a class of one's own leaves out the settings of group filtering and refilling.
+    """
+    from verl.trainer.ppo.v1 import trainer_base
+
+    before = trainer_base.ReplayBuffer
+    trainer_base.ReplayBuffer = ours
+    try:
+        yield
+    finally:
+        trainer_base.ReplayBuffer = before
+
+
+def alive_nodes(address: str) -> Callable[[], list[str]]:
+    """Asks the control service of the Ray cluster at ``address`` for its nodes, without joining the cluster.
+
+    What Ray documents for this joins it, and ends with the node it joined from. Returns a function that returns
+    "ADDRESS ID" of every node alive.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    client = GcsClient(address=address)
+
+    def ask() -> list[str]:
+        nodes = client.get_all_node_info(timeout=10)
+        alive = [(number, node) for number, node in nodes.items() if node.state == GcsNodeInfo.ALIVE]
+        return sorted(f"{node.node_manager_address} {number.hex()[:8]}" for number, node in alive)
+
+    return ask
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class DistillConfig:
         poll_interval: seconds between looks at the finished rollouts (verl: 2).
         non_finite_limit: optimiser steps in a row that may be skipped because loss or gradient is not finite; at one
             more the run ends, naming the rows.
+        lost_groups: largest share of a batch's groups that may be left out because rollouts of theirs failed; with more
+            the run ends. A group is trained on whole or not at all.
         fingerprints: write SHA-256 of every rank's student and teacher weights with each step, to compare runs.
     """
 
@@ -55,6 +57,7 @@ class DistillConfig:
     reuse_log_probs: str = "auto"
     poll_interval: float = 0.05
     non_finite_limit: int = 3
+    lost_groups: float = 0.25
     fingerprints: bool = False
     sequences: SequencesConfig = field(default_factory=SequencesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -94,6 +97,7 @@ class DistillConfig:
         one_of("reuse_log_probs", self.reuse_log_probs, ("auto", "never"))
         number("poll_interval", self.poll_interval, 0.0, above=True)
         number("non_finite_limit", self.non_finite_limit, 0)
+        number("lost_groups", self.lost_groups, 0, 1)
         for part in fields(self):
             value = getattr(self, part.name)
             if is_dataclass(value):

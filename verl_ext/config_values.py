@@ -62,7 +62,8 @@ def _typed(spec: dataclasses.Field, value: Any, path: str) -> Any:
     if value is None and "None" in declared:
         return None
     kind = declared.split(" ")[0]
-    accepted = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict[str,": dict, "list[str]": list}[kind]
+    lists = {"list[str]": list, "list[int]": list}
+    accepted = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict[str,": dict, **lists}[kind]
     if not isinstance(value, accepted) or (kind in ("int", "float") and isinstance(value, bool)):
         raise ConfigError(f"{path}.{spec.name} is {value!r}; allowed: a value of type {declared}")
     return float(value) if kind == "float" else value

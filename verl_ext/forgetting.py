@@ -44,7 +44,7 @@ class Forgetting:
         prompt_key = self._config.data.get("prompt_key", "prompt")
         requests, _ = read_questions(self.settings.files, "forgetting.files", prompt_key=prompt_key)
         settings = self.settings.sampling(int(self._config.data.max_response_length), int(self._config.run.seed))
-        sampling.draw(requests, self._of_step(step), settings, step=step, config=self._config)
+        sampling.draw(requests, self._of_step(step), settings, step=step, what="forgetting", config=self._config)
         after = self._rates(step)
         metrics = {"forgetting/accuracy": _mean(list(after.values()))}
         if step == 0:

@@ -15,25 +15,27 @@ import pyarrow.parquet as parquet
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from verl.single_controller.ray.base import RayWorkerGroup
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
+from verl_ext import heartbeat
 from verl_ext.batch_plan import teacher_prompts
 from verl_ext.config import distill_config
 from verl_ext.forgetting import Forgetting
 from verl_ext.pair_loop import PAIR_AGENT, TEACHER_IDS
+from verl_ext.preemption import PREEMPTION
 from verl_ext.question_data import file_list, read_questions
 from verl_ext.replay_loop import REFERENCE_KEY, REPLAY_AGENT
 from verl_ext.run_sampling import RunSampling
 from verl_ext.sampling import SampleRequest
+from verl_ext.step_boundary import BoundaryTrainer
 from verl_ext.step_sink import StepSink
 from verl_ext.training_questions import TrainingQuestions
 from verl_ext.validation_items import NamingLoader
 
 
-class QuestionTrainer(PPOTrainerSync):
+class QuestionTrainer(BoundaryTrainer):
     """verl's trainer over questions that may change while the run goes on."""
 
     teacher_wg: RayWorkerGroup | None = None
@@ -90,7 +92,8 @@ class QuestionTrainer(PPOTrainerSync):
     def _sampling(self) -> RunSampling:
         if self._run_sampling is None:
             client = self.get_llm_client()
-            self._run_sampling = RunSampling(self.config, client, self.tokenizer, self.sink.warning)
+            warn, working = self.sink.warning, self.sink.working
+            self._run_sampling = RunSampling(self.config, client, self.tokenizer, warn, working)
         return self._run_sampling
 
     def on_step_begin(self) -> None:
@@ -98,8 +101,12 @@ class QuestionTrainer(PPOTrainerSync):
         super().on_step_begin()
         done = self.global_steps - 1
         if self.questions.due(done):
+            heartbeat.beat(heartbeat.SAMPLE)
             with marked_timer("pass_rates", self.timing_raw):
                 self.questions.take(self._sampling(), done)
+            if PREEMPTION.requested:
+                self._stop()
+            heartbeat.beat(heartbeat.ROLLOUT)
         stage = self.questions.begin(done)
         if stage != self.distill:
             self.distill = stage

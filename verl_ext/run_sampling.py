@@ -8,6 +8,7 @@ it sampled goes on where it was.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,13 @@ from omegaconf import DictConfig
 from verl_ext.model_identity import local_folder, model_identity
 from verl_ext.rollout_servers import stop_token_ids
 from verl_ext.sample_store import SampleStore
-from verl_ext.sampling import Client, Sampler, SampleRequest, SamplingSettings, store_settings
+from verl_ext.sampling import Client, Sampler, SampleRequest, SampleResult, SamplingSettings, store_settings
 from verl_ext.sampling_prompts import PromptBuilder
 from verl_ext.verification import Verifier
 from verl_ext.verifier_config import verifier_config
 from verl_ext.verifier_watch import VerifierWatch
+
+SECONDS_BETWEEN_SIGNS = 5.0
 
 
 def rollout_settings(config: DictConfig, samples: int) -> SamplingSettings:
@@ -56,8 +59,17 @@ def expected_rollouts(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
 class RunSampling:
     """Draws samples while the rollout servers are awake (before a step, or in a validation)."""
 
-    def __init__(self, config: DictConfig, client: Client, tokenizer: Any, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        client: Client,
+        tokenizer: Any,
+        warn: Callable[[str], None],
+        working: Callable[[str, float | None], None] = lambda text, seconds_left: None,
+    ) -> None:
+        """``working`` is told what is being drawn and the seconds left, several times a minute."""
         self._config, self._client, self._tokenizer, self._warn = config, client, tokenizer, warn
+        self._working = working
         # Read once: the folder may change while the run goes on.
         self._model = model_identity(config.actor_rollout_ref.model.path)
         self._stop = stop_token_ids(local_folder(config.actor_rollout_ref.model.path))
@@ -69,6 +81,7 @@ class RunSampling:
         settings: SamplingSettings,
         *,
         step: int,
+        what: str,
         config: DictConfig | None = None,
     ) -> None:
         """Draws what the store in ``folder`` lacks.
@@ -77,6 +90,7 @@ class RunSampling:
             requests: the questions.
             settings: how samples are drawn.
             step: optimiser steps that the weights have seen: part of the store's identity.
+            what: the samples are for, in words.
             config: another one, whose verifier judges.
 
         Raises:
@@ -101,10 +115,22 @@ class RunSampling:
 
                 # In a thread of its own: asyncio.run would leave the caller's without an event loop, which verl uses.
                 with ThreadPoolExecutor(1) as pool:
-                    pool.submit(asyncio.run, sampler.collect(requests, store)).result()
+                    pool.submit(asyncio.run, sampler.collect(requests, store, self._said(what))).result()
                 self._look(folder, list(store.rows()), config)
         finally:
             verifier.close()
+
+    def _said(self, what: str) -> Callable[[SampleResult, int, int], None]:
+        started = said = time.monotonic()
+
+        def on_result(_: SampleResult, done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= SECONDS_BETWEEN_SIGNS:
+                said = now
+                self._working(f"{what}: {done} of {total} samples", (now - started) / done * (total - done))
+
+        return on_result
 
     def _look(self, folder: Path, rows: list[dict[str, Any]], config: DictConfig) -> None:
         VerifierWatch(verifier_config(config.verifier).max_error_rate, self._warn).look(

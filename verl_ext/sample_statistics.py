@@ -38,13 +38,6 @@ def majority_correct(correct_K: Sequence[float], answers_K: Sequence[Hashable | 
     return sum(sum(part) / len(part) for part in verdicts.values()) / len(winners)
 
 
-def maj_at_k(correct_PK: Sequence[Sequence[float]], answers_PK: Sequence[Sequence[Hashable | None]]) -> float:
-    """Mean over questions of :func:`majority_correct`."""
-    _refuse_empty(correct_PK)
-    rows = zip(correct_PK, answers_PK, strict=True)
-    return sum(majority_correct(correct, answers) for correct, answers in rows) / len(correct_PK)
-
-
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Unbiased estimate 1 - C(n - c, k) / C(n, k) that at least one of k samples is right.
 

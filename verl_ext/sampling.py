@@ -113,7 +113,7 @@ class SampleResult:
         tokens: of the response, its end token included.
         finish: ``stop`` or ``length``.
         truncated: whether it was cut off.
-        score, acc, pred, status, feedback, error: see :class:`verl_ext.verification.Verdict`.
+        score, acc, pred, status, feedback, error, format: see :class:`verl_ext.verification.Verdict`.
     """
 
     question_id: str
@@ -129,6 +129,7 @@ class SampleResult:
     status: str
     feedback: str | None
     error: str | None = None
+    format: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from ray.util.placement_group import remove_placement_group
 from verl.utils.import_utils import load_class_from_fqn
 
@@ -48,6 +48,9 @@ def run_session(
     Everything the session started is ended when it returns or raises; the cluster itself stays.
     """
     OmegaConf.resolve(config)
+    with open_dict(config):
+        # The sink hands its records to loggers; verl's tracker would send them the configuration with its secrets.
+        config.trainer.logger = []
     named_before = set(ray.util.list_named_actors())
     trainer, agent_loops = None, None
     succeeded = False

@@ -40,6 +40,8 @@ from verl.workers.utils.losses import sft_loss
 
 from verl_ext import engine  # noqa: F401  (registers our engine, here and in every worker that unpickles SftWorker)
 from verl_ext.compat import saving_only
+from verl_ext.heartbeat import END, SAVE, UPDATE, beat
+from verl_ext.preemption import PREEMPTION
 from verl_ext.rollout_servers import wait_for_resources
 
 MODEL_FOLDER = "huggingface"
@@ -176,15 +178,31 @@ class SftTrainer(SFTTrainer):
         return self.training_client.world_size // self.engine_config.ulysses_sequence_parallel_size
 
     def fit(self) -> None:
-        """Trains from the resumed step to the last one, and saves a checkpoint every ``trainer.save_freq`` steps."""
-        save_every = self.config.trainer.save_freq
-        for step in range(self.resume_global_step + 1, self.total_training_steps + 1):
-            started = time.perf_counter()
-            values = self._train(step)
-            values["time/step"] = time.perf_counter() - started
-            self.sink(step, values)
-            if save_every > 0 and step % save_every == 0:
-                self.ckpt_handler.save_checkpoint(step=step)
+        """Trains from the resumed step to the last one, and saves a checkpoint every ``trainer.save_freq`` steps.
+
+        Raises Preempted between two steps where a signal asked for it; the last step is then in a checkpoint.
+        """
+        save_every, saved = self.config.trainer.save_freq, self.resume_global_step
+        with PREEMPTION.deferring():
+            for step in range(self.resume_global_step + 1, self.total_training_steps + 1):
+                if PREEMPTION.requested:
+                    if step - 1 > saved:
+                        self._save(step - 1)
+                    PREEMPTION.check()
+                beat(UPDATE, step)
+                started = time.perf_counter()
+                values = self._train(step)
+                values["time/step"] = time.perf_counter() - started
+                self.sink(step, values)
+                if save_every > 0 and step % save_every == 0:
+                    self._save(step)
+                    saved = step
+        beat(END)
+
+    def _save(self, step: int) -> None:
+        beat(SAVE)
+        self.ckpt_handler.save_checkpoint(step=step)
+        beat(SAVE, saved=step)
 
     def _train(self, step: int) -> dict[str, float]:
         rows = [self.train_dataset[index] for index in self.train_dataloader.batch(step)]

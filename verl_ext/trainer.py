@@ -32,6 +32,7 @@ from verl.workers.utils.padding import response_to_nested
 from verl_ext import trainer_state
 from verl_ext.adapter import ADAPTER_OFF, has_own_weights, is_adapter_off, switching_servers
 from verl_ext.advantage import self_teacher_token_advantage
+from verl_ext.answer_keys import answer_keys
 from verl_ext.batch_plan import BatchPlan, plan_batch
 from verl_ext.checkpoint_manifest import STATE_FILE
 from verl_ext.checkpoint_saving import complete, partial_folder, step_folder
@@ -58,6 +59,7 @@ from verl_ext.validation import group_answers, metrics_of
 from verl_ext.validation_items import item_counts
 from verl_ext.verifier_config import verifier_config
 from verl_ext.verifier_watch import VerifierWatch
+from verl_ext.whole_groups import check_whole
 from verl_ext.work import Work, lay_out, read_advantages, real_rows, rows_per_rank_multiple
 from verl_ext.worker import MINI_BATCH, DistillWorker
 
@@ -74,11 +76,13 @@ class DistillTrainer(QuestionTrainer):
         self._non_finite = NonFiniteWatch(self.distill.non_finite_limit, sink)
         self._pairs = PairStep(self.distill, config, sink.warning) if self.distill.pairs else None
         self._verifier = VerifierWatch(verifier_config(config.verifier).max_error_rate, sink.warning)
+        self._answer_keys = answer_keys(config)
         self._self_check: dict[str, float] = {}
         self._teacher_head_sent = False
         self._resumed = False
         self._trained = False
-        self._warned_of_short_groups = False
+        self._warned_of_lost_groups = False
+        self._validation_seconds: float | None = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -89,7 +93,7 @@ class DistillTrainer(QuestionTrainer):
     @logger.setter
     def logger(self, tracker: Any) -> None:
         # ``fit`` builds its tracker itself; this is where ours joins it.
-        self._logger = Tee(tracker, self.sink)
+        self._logger = Tee(tracker, self.sink, names=list(self.config.trainer.logger))
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -203,24 +207,20 @@ class DistillTrainer(QuestionTrainer):
         return plan
 
     def _count_groups(self, rows: RolloutRows, metrics: dict) -> None:
-        """A group that lost rollouts is counted: its pass rate stands on fewer samples."""
-        sizes: dict[str, int] = {}
-        for uid in rows.batch.uids:
-            sizes[uid] = sizes.get(uid, 0) + 1
-        expected = self.config.actor_rollout_ref.rollout.n
+        """Groups that lost rollouts were left out by :class:`verl_ext.whole_groups.WholeGroupBuffer`; counts them."""
+        check_whole(rows.batch.uids, self.config.actor_rollout_ref.rollout.n)
         lengths = rows.batch.response_lengths
         limit = self.config.actor_rollout_ref.rollout.response_length
         metrics["response/truncated"] = sum(length >= limit for length in lengths) / max(1, len(lengths))
-        metrics["rollout/groups"] = len(sizes)
-        short = sum(size < expected for size in sizes.values())
-        lost = max(0, self.config.data.train_batch_size - len(sizes))
-        metrics["rollout/groups_short"], metrics["rollout/groups_lost"] = short, lost
-        short += lost
-        if short and not self._warned_of_short_groups:
-            self._warned_of_short_groups = True
+        groups, counts = len(set(rows.batch.uids)), self.lost_groups
+        metrics["rollout/groups"] = groups
+        metrics["rollout/groups_short"], metrics["rollout/groups_lost"] = counts["short"], counts["lost"]
+        out = sum(counts.values())
+        if out and not self._warned_of_lost_groups:
+            self._warned_of_lost_groups = True
             self.sink.warning(
-                f"{short} of {len(sizes) + lost} groups lost rollouts at step {self.global_steps}; their pass rates "
-                "stand on fewer samples (rollout/groups_short and groups_lost count them; Ray's worker logs say why)"
+                f"{out} of {groups + out} groups lost rollouts at step {self.global_steps} and are left out "
+                "(rollout/groups_short and groups_lost count them; Ray's worker logs say why)"
             )
         metrics.update(
             self._verifier.look(
@@ -466,11 +466,14 @@ class DistillTrainer(QuestionTrainer):
 
     def on_validate_begin(self) -> None:
         super().on_validate_begin()
+        # How long the last one took is the best estimate of this one, which comes back as a whole.
+        self.sink.working(f"validating on {len(self.val_dataset)} questions", self._validation_seconds)
         self._validation_started = time.perf_counter()
 
     def on_validate_end(self) -> None:
         super().on_validate_end()
-        self.sink.validated(time.perf_counter() - self._validation_started)
+        self._validation_seconds = time.perf_counter() - self._validation_started
+        self.sink.validated(self._validation_seconds)
 
     def _val_metrics_update(
         self,
@@ -488,7 +491,7 @@ class DistillTrainer(QuestionTrainer):
             # verl fills it in the order in which the loader gave the questions out.
             items = item_counts(questions, list(expected_acc_counts), self.val_dataloader.names)
             self.sink.validation_items(self.global_steps, items)
-        return metrics_of(questions) | {"val/verifier_timeouts": counts["verifier/timeouts"]}
+        return metrics_of(questions, self._answer_keys) | {"val/verifier_timeouts": counts["verifier/timeouts"]}
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -498,7 +501,7 @@ class DistillTrainer(QuestionTrainer):
 
     def _save_checkpoint(self) -> None:
         checkpoints = Path(self.config.trainer.default_local_dir).absolute()
-        with partial_folder(checkpoints) as folder, saving_into(self, str(folder)) as callback:
+        with self.saving(), partial_folder(checkpoints) as folder, saving_into(self, str(folder)) as callback:
             saved = self._checkpoint
             if self._teacher_is_saved:
                 self.actor_rollout_wg.save_teacher(str(saved / "teacher"))

@@ -73,7 +73,8 @@ class TrainingQuestions:
     def take(self, sampling: RunSampling, done: int) -> None:
         """Takes the pass rates of all questions with the present weights; what was drawn before is not drawn again."""
         samples = stage_after(self._distill, done, self.steps).weighting.samples
-        sampling.draw(self._requests(), self._of_step(done), rollout_settings(self._config, samples), step=done)
+        settings = rollout_settings(self._config, samples)
+        sampling.draw(self._requests(), self._of_step(done), settings, step=done, what="pass rates")
         self._table_from = self._now = None
 
     def resume(self, done: int) -> None:

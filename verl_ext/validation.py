@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from verl_ext.sample_statistics import maj_at_k, mean_at_k, pass_at_k
+from verl_ext.answer_keys import AnswerKeys
+from verl_ext.question_scores import question_scores
 
 QuestionKey: TypeAlias = tuple[str, str]
 """Data source and uid."""
@@ -60,17 +61,21 @@ def validation_metrics(
     uids: list[str],
     reward_infos: Mapping[str, list[Any]],
     expected_counts: Mapping[QuestionKey, int] | None = None,
+    keys: AnswerKeys | None = None,
 ) -> dict[str, float]:
     """:func:`metrics_of` the samples as verl hands them over."""
-    return metrics_of(group_answers(data_sources, uids, reward_infos, expected_counts))
+    return metrics_of(group_answers(data_sources, uids, reward_infos, expected_counts), keys)
 
 
-def metrics_of(questions: Mapping[QuestionKey, QuestionAnswers]) -> dict[str, float]:
+def metrics_of(questions: Mapping[QuestionKey, QuestionAnswers], keys: AnswerKeys | None = None) -> dict[str, float]:
     """mean@k, maj@k and pass@k over all questions, and mean@k per data source where there are several.
+
+    The means of :func:`verl_ext.question_scores.question_scores`, as in `recipe.evaluate`.
 
     k is the number of samples asked for. A sample that never came back counts as wrong and is counted under
     ``val/missing_samples``; a verifier error is left out of its question's mean and counted under
-    ``val/verifier_errors``. pass@k is given for the k that every question has samples for.
+    ``val/verifier_errors``. pass@k is given for the k that every question has samples for, and not where a verdict
+    lies between 0 and 1. ``keys`` says which answers vote together; None: those of equal text.
     """
     counts = {
         "val/missing_samples": float(sum(question.lost for question in questions.values())),
@@ -80,21 +85,25 @@ def metrics_of(questions: Mapping[QuestionKey, QuestionAnswers]) -> dict[str, fl
     if not groups:
         return counts
 
-    correct = [question.verdicts for question in groups.values()]
     asked = samples_asked(groups)
-    values = {
-        f"val/mean@{asked}": mean_at_k(correct),
-        f"val/maj@{asked}": maj_at_k(correct, [question.answers for question in groups.values()]),
-        **counts,
-    }
-    fewest = min(len(rows) for rows in correct)
-    for k in (2**i for i in range(fewest.bit_length()) if 2**i <= fewest):
-        values[f"val/pass@{k}"] = sum(pass_at_k(len(rows), int(sum(rows)), k) for rows in correct) / len(correct)
-    sources = sorted({source for source, _ in groups})
-    for source in sources if len(sources) > 1 else ():
-        part = [question.verdicts for (name, _), question in groups.items() if name == source]
-        values[f"val/{source}/mean@{asked}"] = mean_at_k(part)
+    answers_PK = (keys or AnswerKeys())([question.answers for question in groups.values()])
+    scores = question_scores([question.verdicts for question in groups.values()], answers_PK, samples=asked)
+    values = {f"val/{name}": _mean(shares_P) for name, shares_P in scores.items() if _shown(name)} | counts
+    sources = [source for source, _ in groups]
+    for source in sorted(set(sources)) if len(set(sources)) > 1 else ():
+        rows = zip(scores[f"mean@{asked}"], sources, strict=True)
+        values[f"val/{source}/mean@{asked}"] = _mean([share for share, of in rows if of == source])
     return values
+
+
+def _shown(name: str) -> bool:
+    """Powers of two are enough for a curve."""
+    metric, _, k = name.partition("@")
+    return metric != "pass" or int(k).bit_count() == 1
+
+
+def _mean(shares_P: list[float]) -> float:
+    return sum(shares_P) / len(shares_P)
 
 
 def samples_asked(questions: Mapping[QuestionKey, QuestionAnswers]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class Verdict:
         status: ``ok``, ``error`` or ``timeout``.
         feedback: its words on a wrong answer.
         error: what went wrong, where the status is not ``ok``.
+        format: 1 where the response has the shape that the prompt asks for, 0 where not; None where the verifier says
+            nothing of it.
     """
 
     score: float | None
@@ -44,6 +47,7 @@ class Verdict:
     status: str
     feedback: str | None
     error: str | None = None
+    format: float | None = None
 
 
 class Verifier:
@@ -106,13 +110,14 @@ def read_verdict(result: Any) -> Verdict:
             finite = False
         if not finite:
             return _failed(f"the verifier's {name} is {value!r}, expected a finite number")
-    pred, feedback = values.get("pred"), values.get("feedback")
+    pred, feedback, well_formed = (values.get(key) for key in ("pred", "feedback", "format"))
     return Verdict(
         score=float(score),
         acc=float(acc),
         pred=None if pred is None else str(pred),
         status="ok",
         feedback=str(feedback) if feedback else None,
+        format=float(well_formed) if isinstance(well_formed, Real) and math.isfinite(well_formed) else None,
     )
 
 

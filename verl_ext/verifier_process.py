@@ -47,7 +47,7 @@ def main() -> int:
         function = load_function(settings["function"])
         check_arguments(function, settings["options"])
         # What a verifier would load at its first use: on no item's time, and before its memory is measured.
-        getattr(sys.modules.get(getattr(function, "__module__", "")), "warm_up", lambda: None)()
+        _warm_up(function, settings["options"])
     except BaseException as error:  # SystemExit as well: whatever a module does on import is told to the parent
         _write(answers, _encode({"failed": f"{_safely_described(error)}{_place(error.__traceback__)}"}))
         return 1
@@ -84,6 +84,15 @@ def load_function(name: str) -> Callable[..., Any]:
     if code is not None and code.co_flags & COROUTINE_FLAG:
         raise ValueError(f"{name} is a coroutine function; a verifier process runs plain functions")
     return function
+
+
+def _warm_up(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    import inspect
+
+    warm_up = getattr(sys.modules.get(getattr(function, "__module__", "")), "warm_up", None)
+    if warm_up is not None:
+        taken = inspect.signature(warm_up).parameters
+        warm_up(**{name: value for name, value in options.items() if name in taken})
 
 
 def check_arguments(function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ class PoolSettings:
     Attributes:
         function: ``package.module:function`` or ``/path/file.py:function``, a plain function in verl's
             ``compute_score`` form. What it may return: see :func:`verl_ext.verifier_process.complete`. A function
-            ``warm_up()`` of its module is called once before the first item.
+            ``warm_up`` of its module is called once before the first item, with those of ``options`` that it takes.
         options: its further keyword arguments; plain JSON values.
         processes: how many items are worked on at a time.
         time_limit: seconds for one item, from the moment a process gets it; waiting in the queue does not count.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +12,6 @@ from data_prep.validation.report import FAILED, NOT_RUN, NOTED, Report
 
 _STYLES = {FAILED: "bold red", NOT_RUN: "yellow", NOTED: "cyan"}
 _PIPE_WIDTH = 200
-LINE_SECONDS = 10.0
 
 
 def show(report: Report, limit: int, stream: IO[str]) -> None:
@@ -57,40 +53,3 @@ def show(report: Report, limit: int, stream: IO[str]) -> None:
     console.print()
     unwell = sum(check.verdict in (FAILED, NOT_RUN) for check in report.checks)
     console.print("no problems found" if report.ok else f"{unwell} of {len(report.checks)} checks failed or not run")
-
-
-class ProgressLine:
-    """Says on stderr how far the work is: a line that changes in a terminal, else a line every few seconds."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        self._terminal = sys.stderr.isatty()
-        self._progress = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            transient=True,
-            disable=not self._terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._spoken = time.monotonic()
-
-    def __enter__(self) -> ProgressLine:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of the work named ``what``."""
-        if not self._terminal:
-            if time.monotonic() - self._spoken > LINE_SECONDS:
-                self._spoken = time.monotonic()
-                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-            return
-        if what not in self._tasks:
-            for earlier in self._tasks.values():
-                self._progress.remove_task(earlier)
-            self._tasks = {what: self._progress.add_task(what, total=total)}
-        self._progress.update(self._tasks[what], completed=done, total=total)

@@ -29,6 +29,7 @@ Optional:
   RAY_START_ARGS   more arguments for `ray start`, words without quotes
   VENV             virtual environment to put first in PATH
   RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH   Ray's own; default: a token of this start, in LOG_DIR
+  RAY_health_check_*   Ray's own; default: a lost node is noticed after about 12 s
 
 In LOG_DIR: node_RANK.log; `signal`, into which a signal's name is written to have it sent to the driver; `ended`, from rank 0.
 SIGTERM and SIGUSR1 to rank 0 are passed to the driver as well.
@@ -57,6 +58,11 @@ cd "$repo"
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 # Without a token of its own a head takes one that an earlier run left in the home folder, and joiners are refused.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$LOG_DIR/ray_token}
+# A node that is gone is noticed after about 12 s in place of a minute. RUN_COMMAND's supervisor asks for it.
+export RAY_health_check_initial_delay_ms=${RAY_health_check_initial_delay_ms:-5000}
+export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
+export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-3000}
+export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-3}
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
 
 mkdir -p "$LOG_DIR"

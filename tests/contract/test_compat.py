@@ -306,6 +306,58 @@ def test_both_ends_of_the_weight_transfer_name_the_socket_after_the_cluster() ->
     assert own_sent == own_received == "ipc:///tmp/rl-colocate-zmq-01000000-4d2.0a1b2c3d-replica-0-rank-0.sock"
 
 
+# ------------------------------------------------------------------------------------------------- the replay buffer
+
+
+def test_verls_trainer_builds_the_buffer_it_is_given_with_all_its_settings() -> None:
+    from verl.trainer.ppo.v1 import trainer_base
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    from verl_ext.compat import buffer_class
+
+    class Ours(ReplayBuffer):
+        """A subclass."""
+
+    trainer = object.__new__(trainer_base.PPOTrainer)
+    trainer.config, trainer.trainer_mode = compose_config([]), "sync"
+    with buffer_class(Ours):
+        made = trainer_base.PPOTrainer._build_replay_buffer(trainer)
+    assert type(made) is Ours
+    assert made.train_batch_size == trainer.config.data.train_batch_size, "given to verl's own class only"
+    assert type(trainer_base.PPOTrainer._build_replay_buffer(trainer)) is ReplayBuffer
+    # What our subclass replaces, and what it is called with.
+    for name, arguments in (
+        ("_select_prompt_uids", ["self", "partition_id", "sampleable_keys", "batch_size"]),
+        ("_wait_for_next_poll", ["self", "partition_id", "last_debug_time"]),
+        ("_clear_groups", ["self", "partition_id", "uids"]),
+    ):
+        assert list(inspect.signature(getattr(ReplayBuffer, name)).parameters) == arguments
+    assert "self._select_prompt_uids(" in inspect.getsource(ReplayBuffer.sample)
+
+
+# ---------------------------------------------------------------------------------------------- the control service
+
+
+def test_ray_has_the_client_of_its_control_service() -> None:
+    """That it answers is seen where a cluster runs; here: the names, and what a node's entry has."""
+    done = python(
+        "from ray._raylet import GcsClient\n"
+        "from ray.core.generated.gcs_pb2 import GcsNodeInfo\n"
+        "node = GcsNodeInfo(node_manager_address='10.0.0.1', state=GcsNodeInfo.ALIVE)\n"
+        "assert GcsNodeInfo.DEAD != node.state == GcsNodeInfo.ALIVE\n"
+        "import pathlib, ray\n"
+        "source = (pathlib.Path(ray.__file__).parent / 'serve/_private/cluster_node_info_cache.py').read_text()\n"
+        "print('self._gcs_client.get_all_node_info(timeout=' in source, 'nodes.items()' in source)",
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_ray_takes_sigterm_for_itself() -> None:
+    """Why recipe.cluster listens again after ``ray.init``; once this fails, that can go."""
+    source = (Path(find_spec("ray").origin).parent / "_private" / "worker.py").read_text()
+    assert "This method overwrite sigterm handler of the driver process" in source
+
+
 def test_verl_saves_its_files_and_its_tracker_into_another_folder_and_calls_nobody(tmp_path: Path) -> None:
     from types import SimpleNamespace
 

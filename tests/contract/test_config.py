@@ -16,8 +16,16 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe import sample_settings, settings, sft_settings, snr_settings, srt_settings, teacher_text_settings
-from recipe.compose import CONF, GROUPS, ROOT, check, choices, compose_config
+from recipe import (
+    evaluation_settings,
+    sample_settings,
+    settings,
+    sft_settings,
+    snr_settings,
+    srt_settings,
+    teacher_text_settings,
+)
+from recipe.compose import CONF, EVALUATION, GROUPS, ROOT, check, choices, compose_config
 from recipe.study_file import read_study
 from recipe.train import help_text, main
 from verl_ext import config as distill
@@ -36,7 +44,7 @@ BLOCKS = {"distill": dataclasses.asdict(DistillConfig()), "run": settings.defaul
           "sample": sample_settings.defaults(), "verifier": dataclasses.asdict(VerifierConfig()),
           "forgetting": forgetting_config.defaults(), "snr": snr_settings.defaults(),
           "text": teacher_text_settings.defaults(), "sft": sft_settings.defaults(),
-          "srt": srt_settings.defaults()}  # fmt: skip
+          "srt": srt_settings.defaults(), "evaluation": evaluation_settings.defaults()}  # fmt: skip
 
 
 def block(*overrides: str) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def test_the_studies_around_sc_sdpo_s_differ_from_it_in_one_thing(name: str, key
 
 def test_the_repository_s_groups_are_the_ones_the_commands_know() -> None:
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders - {"study"} == set(GROUPS)
+    assert folders - {"study", EVALUATION} == set(GROUPS)
 
 
 # ---------------------------------------------------------------------------------------------- one source of defaults
@@ -153,7 +161,7 @@ def test_every_key_that_a_yaml_file_sets_in_our_blocks_exists_in_the_dataclass(p
         found = {"distill": {package.removeprefix("distill."): found}}
     known = {f"distill.{key}" for key in flat(dataclasses.asdict(DistillConfig()))}
     known |= {f"run.{key}" for key in dataclasses.asdict(settings.RunConfig())}
-    for name in ("sample", "forgetting", "snr", "text", "sft", "srt"):
+    for name in ("sample", "evaluation", "forgetting", "snr", "text", "sft", "srt"):
         known |= {f"{name}.{key}" for key in BLOCKS[name]}
     known |= {f"verifier.{key}" for key in dataclasses.asdict(VerifierConfig())}
     found.get("distill", {}).get("schedule", {}).pop("second", None)  # checked where the preset composes
@@ -506,6 +514,37 @@ def test_a_published_preset_has_the_values_its_source_states(preset: str) -> Non
     assert found == PUBLISHED[preset]
 
 
+# k, temperature, top-p, top-k, new tokens (None: the data's), thinking,.
+SAMPLED = {
+    ("default", "tiny_world"): (8, 1.0, 1.0, -1, None, False),
+    ("sdpo", "sciknoweval_physics"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo", "tooluse"): (16, 0.6, 0.95, -1, None, False),
+    ("sdpo_rich_feedback", "livecodebench"): (4, 0.6, 0.95, -1, None, False),
+    ("paced", "math500"): (8, 0.6, 0.8, 20, None, False),
+    ("sd_zero", "hmmt"): (8, 0.7, 1.0, -1, 32768, False),
+    ("pbsd", "aime25"): (12, 1.0, 1.0, -1, 38912, True),
+    ("opsd_v1", "aime24"): (16, 1.0, 1.0, -1, 38912, True),
+    ("greedy", "mmlu"): (1, 0.0, 1.0, -1, None, False),
+}
+
+
+def test_every_evaluation_preset_has_its_settings_stated_here() -> None:
+    assert {name for name, _ in SAMPLED} == set(choices(EVALUATION))
+
+
+@pytest.mark.parametrize(("setting", "data"), SAMPLED)
+def test_an_evaluation_preset_samples_as_its_source_does(setting: str, data: str) -> None:
+    arguments = ["model=qwen3_8b", f"data={data}", "hardware=gpu", f"evaluation={setting}", "sample.out=x"]
+    config = compose_config(arguments, name="evaluate")
+    block = sample_settings.sample_config(config)
+    assert evaluation_settings.evaluation_config(config).setting == setting
+    thinking = config.data.apply_chat_template_kwargs.enable_thinking
+    found = (block.k, block.temperature, block.top_p, block.top_k, block.max_tokens, thinking)
+    assert found == SAMPLED[setting, data] and block.split == "test"
+    tokens = block.sampling(config.data.max_response_length).max_tokens
+    assert config.actor_rollout_ref.rollout.max_model_len >= config.data.max_prompt_length + tokens
+
+
 @pytest.mark.parametrize(
     ("method", "data"), [("opsd", "openthoughts_math"), ("opsd_v1", "openthoughts_math"), ("sdft", "tooluse")]
 )
@@ -527,7 +566,8 @@ def test_sc_sdpo_with_exponents_of_zero_is_sdpo_but_for_the_name() -> None:
     mine, reference = (flat(OmegaConf.to_container(config, resolve=True)) for config in (zero, sdpo))
     different = {key for key in mine if mine[key] != reference[key]}
     names = {"distill.method", "trainer.experiment_name", "actor_rollout_ref.rollout.trace.experiment_name"}
-    assert different == names and {mine[key] for key in names} == {"sc_sdpo"}
+    # The third is what was asked for, not a setting.
+    assert different == names | {"run.overrides"} and {mine[key] for key in names} == {"sc_sdpo"}
 
 
 @pytest.mark.parametrize(("model", "positions"), [("qwen3_1_7b", 40960), ("qwen25_math_7b", 4096)])

@@ -334,8 +334,9 @@ def test_a_job_runs_on_all_its_nodes_and_is_requeued_when_the_driver_says_so(lau
     assert code == 0 and f"exit code {REQUEUE}: requeued" in output
     assert launcher.read("scontrol_calls").splitlines() == ["show hostnames no-such-node-[a-b]", "requeue 4711"]
     assert launcher.driver() == [
-        "10.1.2.3:6400", "-m", "recipe.train", "hardware=gpu", "trainer.nnodes=2", "trainer.n_gpus_per_node=2",
-        f"run.output_dir={launcher.folder}/out", "method=grpo", "a='b  c'",
+        "10.1.2.3:6400", "-m", "recipe.supervise", "--", "python", "-m", "recipe.train", "hardware=gpu",
+        "trainer.nnodes=2", "trainer.n_gpus_per_node=2", f"run.output_dir={launcher.folder}/out", "method=grpo",
+        "a='b  c'",
     ]  # fmt: skip
     steps = [line for line in launcher.read("srun_calls").splitlines() if "node.sh" in line]
     for node in "ab":
@@ -362,6 +363,14 @@ def test_a_signal_to_the_batch_shell_reaches_the_driver(launcher: Launcher, name
     found, output = ended(job)
     assert (found, launcher.read("signals").split()) == (code, [name]), output
     assert launcher.read("scontrol_calls").count("requeue") == calls
+
+
+def test_the_supervisor_stands_before_any_command_and_may_be_left_out(launcher: Launcher) -> None:
+    assert ended(launcher.job(RUN_COMMAND="python x.py", SUPERVISOR="python -m watch --"))[0] == 0
+    assert launcher.driver()[1:6] == ["-m", "watch", "--", "python", "x.py"]
+    (launcher.folder / "driver").unlink()
+    assert ended(launcher.job(RUN_COMMAND="python x.py", SUPERVISOR="", LOG_DIR=launcher.folder / "second"))[0] == 0
+    assert launcher.driver()[1] == "x.py"
 
 
 def test_the_head_is_found_on_the_interface_that_is_asked_for(launcher: Launcher) -> None:

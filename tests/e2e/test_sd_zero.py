@@ -48,6 +48,9 @@ def test_the_chain_ends_with_every_stage_and_counts_its_samples(whole: tuple[dic
     assert summary["after"] == model["val/mean@2"] and 0 < model["reviser/retention"] <= 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["distil"] and Path(summary["report"]).exists()
+    (counts,) = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    shares = [right / judged for right, judged in zip(counts["right"], counts["judged"], strict=True)]
+    assert counts["step"] == 0 and sum(shares) / len(shares) == pytest.approx(summary["after"], abs=1e-12)
 
 
 def test_a_training_row_is_prompt_attempt_phrase_and_revision(whole: tuple[dict, Path, Any]) -> None:

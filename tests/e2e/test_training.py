@@ -50,9 +50,12 @@ def test_a_run_leaves_what_its_user_expects(recorded, records):
     assert told and all(len(row["divergence"]) == len(row["tokens"]) for row in told)
     assert all("".join(row["tokens"]).startswith(row["response"]) and sum(row["divergence"]) > 0 for row in told)
     assert list(output.glob("tensorboard/*tfevents*"))
+    changed = {one["key"]: one for one in json.loads((output / "changes.json").read_text())["changes"]}
+    assert changed["run.steps"]["run"] == 4 and changed["run.steps"]["set"]
     for record in records(output):
         assert 0 < record["distill/loss"] < 0.7 and record["actor/grad_norm"] > 0
         assert 0 < record["rows/train_share"] <= 1 and sum(record["pass_rate/histogram"]) == 6
+        assert record["student/nll"] > 0
         # verl's warm-up starts at a learning rate of 0: after the first step the two are still equal.
         assert record["teacher/moved"] == 1 and (record["teacher/distance"] > 0) == (record["step"] > 1)
 

@@ -172,3 +172,18 @@ def test_the_presets_say_what_their_sources_say(data: Path, tmp_path: Path) -> N
     rft = compose_config(["method=rft", "model=qwen3_4b_instruct", "data=openr1_math", "hardware=gpu"])
     assert rft.srt.attempts == 4 and rft.srt.revisions == 0 and "distil" not in rft.chain.stages
     assert OmegaConf.to_container(rft.chain.stages) == ["collect", "sft", "evaluate"]
+
+
+def test_right_answers_by_question_are_those_of_the_evaluated_samples(tmp_path: Path) -> None:
+    verdicts = {("q2", 0): (1.0, "ok"), ("q1", 0): (0.0, "ok"), ("q2", 1): (1.0, "ok"), ("q1", 1): (None, "error")}
+    lines = [
+        {"question_id": name, "sample": sample, "prompt": "p", "acc": acc, "pred": "7", "status": status,
+         "tokens": 3, "truncated": False}
+        for (name, sample), (acc, status) in verdicts.items()
+    ]  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "settings": {}, "key": "k"}))
+    (tmp_path / "samples-k.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    counts = chain._item_counts(tmp_path)
+    assert (counts["items"], counts["right"], counts["judged"]) == (["q1", "q2"], [0, 2], [1, 2])
+    config = compose_config(["model=tiny", "data=tiny_world", "hardware=cpu"])
+    assert chain._accuracy(config, tmp_path)["val/mean@2"] == pytest.approx((0 / 1 + 2 / 2) / 2)

@@ -65,6 +65,20 @@ def test_everything_but_the_consoles_lines_lands_in_the_log(tmp_path: Path) -> N
     assert "starting Ray" in log and "too late" in log
 
 
+def test_what_goes_on_beside_the_steps_is_said_once_a_minute_into_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("recipe.console.time.monotonic", lambda: now[0])
+    with RunConsole(tmp_path / "run.log", 40, terminal=False) as console:
+        for second in range(0, 130, 5):
+            now[0] = 1000.0 + second
+            console.working(f"pass rates: {second} of 130 samples", 130.0 - second)
+    lines = [line.split(maxsplit=2)[-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    assert "pass rates: 60 of 130 samples, about 1 min 10 s left" in lines[0] and "120 of 130" in lines[1]
+
+
 def test_forty_steps_into_a_pipe(tmp_path: Path) -> None:
     done = run_script(
         """

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import gsm8k, pipeline, prepare, prompts, schema, staging
+from data_prep import gsm8k, pipeline, prepare, progress, prompts, schema, staging
 from data_prep.prepare import DataSet, Draft, Hub, LeftOut, RowError, main
+from data_prep.sources import open_source
 
 
 def convert(record, settings):
@@ -322,9 +324,31 @@ def test_wrong_types_and_undeclared_fields_are_refused(run):
 
 
 def test_progress_is_said_on_long_work(run, monkeypatch):
-    monkeypatch.setattr(pipeline, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
     _, _, _, stderr = run([q("a"), q("b")])
-    assert "toy: 1 records read in 0 s" in stderr
+    assert "toy: records read: 1 in 0 s" in stderr
+
+
+def test_the_number_of_records_is_known_where_no_file_must_be_read_for_it(tmp_path):
+    pq.write_table(pa.table({"a": [1, 2, 3]}), tmp_path / "train.parquet")
+    assert open_source([str(tmp_path / "train.parquet")], TOY.hub).total == 3
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    assert open_source([str(tmp_path)], TOY.hub).total is None
+    (tmp_path / "train.parquet").write_bytes(b"none")
+    assert open_source([str(tmp_path / "train.parquet")], TOY.hub).total is None
+
+
+def test_time_left_is_said_where_the_total_is_known(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=iter([0.0, 0.0, 30.0, 90.0]).__next__))
+    with progress.ProgressLine() as say:
+        for done in (0, 1, 3):
+            say("rows", done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "rows: 0 of 4",
+        "rows: 1 of 4, about 90 s left",
+        "rows: 3 of 4, about 30 s left",
+    ]
 
 
 def test_help(capsys):

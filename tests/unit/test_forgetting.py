@@ -37,6 +37,7 @@ class Sampling:
         settings: SamplingSettings,
         *,
         step: int,
+        what: str,
         config: DictConfig | None = None,
     ) -> None:
         self.verifiers.append(config)

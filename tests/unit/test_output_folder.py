@@ -22,7 +22,7 @@ def config(**changes: object) -> DictConfig:
             "distill": {"method": "sdpo", "coefficient": 1.0, "teacher": {"kind": "ema"}},
             "actor_rollout_ref": {"model": {"path": "m"}, "rollout": {"n": 8}},
             "data": {"train_files": "a.parquet", "train_batch_size": 16},
-            "run": {"seed": 0, "steps": 40},
+            "run": {"seed": 0, "steps": 40, "start_over": False},
             "trainer": {"n_gpus_per_node": 1, "nnodes": 1},
         }
     )
@@ -65,6 +65,10 @@ def test_a_whole_checkpoint_of_the_same_run_is_resumed(folder: Callable[..., Pat
 def test_a_run_without_a_checkpoint_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     assert "without a checkpoint" in refusal(config(), tmp_path)
+    # Begun anew where that is asked for, and only by the same run.
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config()))
+    assert check_output_folder(config(run__start_over=True), tmp_path) == 0
+    assert "run.seed=0" in refusal(config(run__start_over=True, run__seed=1), tmp_path)
 
 
 def test_a_run_stopped_before_its_first_step_starts_again(tmp_path: Path) -> None:
@@ -144,7 +148,11 @@ def test_a_method_without_an_average_needs_no_teacher_files(folder: Callable[...
 
 def test_a_finished_run_is_refused_and_more_steps_go_on(folder: Callable[..., Path]) -> None:
     output = folder()
+    # Ended after the last checkpoint: what is left to do is the result.
+    assert check_output_folder(config(run__steps=20), output) == 20
+    (output / "summary.json").write_text("{}")
     assert "is finished" in refusal(config(run__steps=20), output)
+    assert "is finished" in refusal(config(run__steps=19), output)
     assert check_output_folder(config(run__steps=21), output) == 20
 
 

@@ -68,7 +68,7 @@ def test_a_run_takes_the_verifier_by_its_path() -> None:
     call = verifier(data_source="word_count", solution_str="Rain fell softly.", ground_truth="3", extra_info={})
     verdict = asyncio.run(call)
     verifier.close()
-    assert verdict == Verdict(score=1.0, acc=1.0, pred="3", status="ok", feedback=None, error=None)
+    assert verdict == Verdict(score=1.0, acc=1.0, pred="3", status="ok", feedback=None, error=None, format=1.0)
     assert len(json.dumps(verifier.identity)) > 0 and len(verifier.identity["source"]) == 32
 
 

@@ -78,7 +78,10 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     config = compose_config([f"actor_rollout_ref.model.path={tmp_path}"])
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         check_model(config)
-    assert check_model(compose_config(["model=qwen3_8b", "hardware=gpu"])) is None, "a hub name is left to the hub"
+    composed = compose_config(["model=qwen3_8b", "hardware=gpu"])
+    assert check_model(composed) == 40960, "of a preset's model"
+    composed.actor_rollout_ref.model.path = "some/model"
+    assert check_model(composed) is None, "another hub name is left to the hub"
 
 
 @pytest.mark.parametrize("override", ["data.train_batch_size=0", "actor_rollout_ref.rollout.n=0", "trainer.nnodes=-1"])

@@ -208,7 +208,7 @@ def test_two_hundred_steps_stay_small(tmp_path: Path) -> None:
     rows = [
         {"step": step, "prompt": "<" * 8000, "response": "".join(tokens), "teacher_context": "&" * 20000}
         | {"tokens": tokens, "divergence": [0.01 * (i % 40) for i in range(4000)]}
-        for step in range(1, 201, 20)
+        for step in range(1, 201, 40)
         for _ in range(4)
     ]
     files.append_completions(rows)

@@ -13,7 +13,16 @@ import pytest
 import torch
 import yaml
 
-from recipe.run_files import RunFileError, RunFiles, as_number, json_line, read_json_lines, to_plain
+from recipe.run_files import (
+    RunFileError,
+    RunFiles,
+    _append_lines,
+    as_number,
+    json_line,
+    read_json_lines,
+    to_plain,
+)
+from verl_ext.atomic import write_atomically
 
 
 @pytest.fixture
@@ -192,3 +201,41 @@ def test_tensorboard_holds_the_scalars_and_forgets_what_is_done_again(tmp_path: 
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_kept_row_is_recovered_once_and_only_for_its_step(files: RunFiles) -> None:
+    files.append_metrics(1, {"loss": 2.0})
+    assert files.recover_pending(2) is False
+    files.write_pending(2, {"loss": 1.5, "step": 99})
+    assert files.recover_pending(3) is False and files.recover_pending(1) is False
+    assert files.recover_pending(2) is True and files.recover_pending(2) is False
+    assert [(row["step"], row["loss"]) for row in files.read_metrics()] == [(1, 2.0), (2, 1.5)]
+    assert len(files.metrics_path.read_text().splitlines()) == 2
+
+
+def test_a_row_is_completed_in_place(files: RunFiles) -> None:
+    for step in (1, 2):
+        files.append_metrics(step, {"loss": float(step)})
+    row = files.complete_metrics(1, {"val/mean@8": 0.25, "step": 7})
+    assert row == {"step": 1, "loss": 1.0, "val/mean@8": 0.25}
+    assert [json.loads(line) for line in files.metrics_path.read_text().splitlines()] == [row, {"step": 2, "loss": 2.0}]
+
+
+def test_a_full_disk_is_named_with_its_file() -> None:
+    # The device that is always full; links and folders have the same error.
+    with pytest.raises(RunFileError, match="/dev/full cannot be written: No space left on device.*last checkpoint"):
+        _append_lines(Path("/dev/full"), [{"step": 1}])
+
+
+def test_an_atomic_write_that_fails_names_its_file_and_keeps_the_old_one(
+    files: RunFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(files.summary_path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*summary\.json'"):
+        write_atomically(files.summary_path, "new")
+    assert files.summary_path.read_text() == "old"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_ext.sample_statistics import maj_at_k, majority_correct, mean_at_k, pass_at_k
+from verl_ext.sample_statistics import majority_correct, mean_at_k, pass_at_k
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 0.25), (4, 0.728022), (8, 0.961538), (13, 1.0), (16, 1.0)])
@@ -60,10 +60,6 @@ def test_samples_without_an_answer_do_not_vote() -> None:
 def test_votes_need_one_answer_a_verdict() -> None:
     with pytest.raises(ValueError, match="2 verdicts for 1 answers"):
         majority_correct([1, 0], ["7"])
-
-
-def test_majority_at_k_is_the_mean_over_questions() -> None:
-    assert maj_at_k([[1, 1, 0], [0, 0]], [["7", "7", "1"], ["2", "3"]]) == 0.5
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["a", "b", "c", None])), min_size=1, max_size=9))

@@ -66,6 +66,7 @@ class Sampling:
         settings: SamplingSettings,
         *,
         step: int,
+        what: str,
         config: DictConfig | None = None,
     ) -> None:
         names = [request.question_id for request in requests]

@@ -16,7 +16,7 @@ import string
 from collections.abc import Iterable
 from typing import Any
 
-from verl_ext.verifiers.result import failure, verdict
+from verl_ext.verifiers.result import failure, same_text, verdict
 
 ANSWER, REASONING = "answer", "reasoning"
 DEFAULT_LABELS = tuple(string.ascii_uppercase)
@@ -113,9 +113,8 @@ def compute_score(
     return verdict(pred == gold, pred=pred, well_formed=well_formed, feedback=feedback)
 
 
-def equivalent(answer_a: str, answer_b: str) -> bool:
-    """Whether two ``pred`` values are the same answer; "" (no answer) equals nothing."""
-    return answer_a != "" and answer_a == answer_b
+equivalent = same_text
+"""Labels are the same answer where their texts are."""
 
 
 def gold_response(ground_truth: str, extra_info: dict[str, Any]) -> str:

@@ -37,6 +37,11 @@ def verdict(right: bool, *, pred: str, well_formed: bool, feedback: str = "") ->
     }
 
 
+def same_text(answer_a: str, answer_b: str) -> bool:
+    """``equivalent`` of a verifier whose equal answers are equal ``pred`` texts; "" (no answer) equals nothing."""
+    return answer_a != "" and answer_a == answer_b
+
+
 def failure(error: str, *, status: str = ERROR) -> dict[str, Any]:
     """The verifier, or the row, is broken: this says nothing about the response.
 

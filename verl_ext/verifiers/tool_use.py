@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-from verl_ext.verifiers.result import failure, verdict
+from verl_ext.verifiers.result import failure, same_text, verdict
 
 MATCHES = ("calls", "merged")
 LONGEST_NUMBER = 400
@@ -255,9 +255,8 @@ def compute_score(
     return verdict(right, pred=pred, well_formed=True, feedback=WRONG_ARGUMENTS_FEEDBACK)
 
 
-def equivalent(answer_a: str, answer_b: str) -> bool:
-    """Whether two ``pred`` values are the same calls (rule ``calls``); "" (no readable calls) equals nothing."""
-    return answer_a != "" and answer_a == answer_b
+equivalent = same_text
+"""``pred`` is canonical: calls are the same (rule ``calls``) where their texts are."""
 
 
 def gold_response(ground_truth: str, extra_info: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from recipe.evaluate import summarize
+from recipe.evaluation_summary import summarize
 from recipe.score_interval import share_interval
 
 
