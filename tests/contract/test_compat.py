@@ -312,13 +312,14 @@ def test_both_ends_of_the_weight_transfer_name_the_socket_after_the_cluster() ->
 def test_verls_trainer_builds_the_buffer_it_is_given_with_all_its_settings() -> None:
     from verl.trainer.ppo.v1 import trainer_base
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     from verl_ext.compat import buffer_class
 
     class Ours(ReplayBuffer):
         """A subclass."""
 
-    trainer = object.__new__(trainer_base.PPOTrainer)
+    trainer = object.__new__(PPOTrainerSync)
     trainer.config, trainer.trainer_mode = compose_config([]), "sync"
     with buffer_class(Ours):
         made = trainer_base.PPOTrainer._build_replay_buffer(trainer)
