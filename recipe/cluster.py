@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from verl_ext.compat import CLUSTER_ID
@@ -97,13 +98,30 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         yield
         return
     settings = _ray_init_settings(config, environment)
-    ray.init(**settings)
+    with _nothing_left_of_a_start():
+        ray.init(**settings)
     PREEMPTION.listen_again()  # Ray took SIGTERM for itself
     try:
         check_resources(config, ray.available_resources())
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _nothing_left_of_a_start() -> Iterator[None]:
+    """Where a start is interrupted, Ray ends its raylet; the raylet's own agents would notice half a minute later."""
+    here = psutil.Process()
+    before = set(here.children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        started = set(here.children(recursive=True)) - before
+        for process in sorted(started, key=lambda one: one.name() != "raylet"):  # first, so that it starts no more
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=5)
+        raise
 
 
 @contextmanager

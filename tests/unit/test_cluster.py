@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.cluster import CPU_ENVIRONMENT, PLUGIN, check_resources, importing, needed, prepare_environment
+from recipe.cluster import (
+    CPU_ENVIRONMENT,
+    PLUGIN,
+    _nothing_left_of_a_start,
+    check_resources,
+    importing,
+    needed,
+    prepare_environment,
+)
 from verl_ext.compat import CLUSTER_ID
 from verl_ext.config import ConfigError
 
@@ -110,3 +121,20 @@ def test_an_empty_list_of_visible_devices_is_unset_because_ray_would_refuse_logi
 def test_an_import_that_fails_ahead_of_time_is_left_to_the_statement_that_needs_it() -> None:
     with importing("no_such_module_anywhere"):
         pass
+
+
+def test_a_start_that_is_interrupted_leaves_no_process_and_spares_those_that_were_there() -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    family = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen(sleeper)
+    try:
+        with pytest.raises(KeyboardInterrupt), _nothing_left_of_a_start():
+            parent = subprocess.Popen([sys.executable, "-c", family, *sleeper], stdout=subprocess.PIPE)
+            assert parent.stdout is not None and parent.stdout.readline()
+            (child,) = psutil.Process(parent.pid).children()
+            raise KeyboardInterrupt
+        assert not psutil.pid_exists(parent.pid) and not child.is_running() and other.poll() is None
+        parent.stdout.close()
+    finally:
+        other.kill()
+        other.wait()
