@@ -98,9 +98,8 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         yield
         return
     settings = _ray_init_settings(config, environment)
-    with _nothing_left_of_a_start():
+    with PREEMPTION.beside_other_handlers(), _nothing_left_of_a_start():
         ray.init(**settings)
-    PREEMPTION.listen_again()  # Ray took SIGTERM for itself
     try:
         check_resources(config, ray.available_resources())
         yield

@@ -60,8 +60,18 @@ class Preemption:
             signal.signal(number, self.handle)
         self._listening = True
 
-    def listen_again(self) -> None:
-        """After something that installs handlers of its own, as ``ray.init`` does; nothing where nobody listened."""
+    @contextmanager
+    def beside_other_handlers(self) -> Iterator[None]:
+        """Around something that installs handlers of its own. Afterwards ours are back; nothing where nobody listened.
+
+        ``ray.init`` takes SIGTERM and answers it by SystemExit with the signal's number: inside, that is the signal.
+        """
+        try:
+            yield
+        except SystemExit as ended:
+            if self._listening and ended.code == signal.SIGTERM:
+                self.handle(signal.SIGTERM)
+            raise
         if self._listening and threading.current_thread() is threading.main_thread():
             self.listen()
 

@@ -107,12 +107,17 @@ from verl_ext.preemption import PREEMPTION, REQUEUE_EXIT, Preempted
 PREEMPTION.listen()
 steps = 0
 try:
-    Path(sys.argv[1]).touch()
+    ready = Path(sys.argv[1])
     if sys.argv[2] == "start":
+        ready.touch()
         time.sleep(60)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
-    PREEMPTION.listen_again()
+    with PREEMPTION.beside_other_handlers():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init does
+        if sys.argv[2] == "ray":
+            ready.touch()
+            time.sleep(60)
     with PREEMPTION.deferring():
+        ready.touch()
         while True:
             PREEMPTION.check()
             for _ in range(3):
@@ -124,7 +129,7 @@ except Preempted as error:
 """
 
 
-@pytest.mark.parametrize("where", ("start", "steps"))
+@pytest.mark.parametrize("where", ("start", "ray", "steps"))
 @pytest.mark.parametrize("number", (signal.SIGUSR1, signal.SIGTERM))
 def test_a_real_process_ends_with_75(tmp_path: Path, where: str, number: int) -> None:
     ready = tmp_path / "ready"
