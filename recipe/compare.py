@@ -15,13 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from recipe.compared_curves import BANDS, KINDS, Band, curves
 from recipe.compared_groups import Group, differences, environment_differences, group_runs
 from recipe.compared_numbers import Difference, Final, differences_to, final_numbers
 from recipe.compared_runs import read_runs
+from recipe.pages import page_environment
 from recipe.report_charts import percent
 from recipe.run_files import RunFileError
 from verl_ext.atomic import write_atomically
@@ -103,13 +103,7 @@ def render(
     band: Band,
 ) -> str:
     """The page as text; everything that comes from the runs is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     colors = {group.name: color for color, group in enumerate(groups)}
     metrics = sorted({one.metric for one in finals if one.metric})
     # Of each kind of accuracy one column, whatever its k.

@@ -16,12 +16,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from recipe import report_content
 from recipe.alarms import alarms, check_run
+from recipe.pages import page_environment
 from recipe.report_changes import changes_view
 from recipe.report_completions import completions_view, shortened
 from recipe.report_curves import chart_groups
@@ -101,13 +101,7 @@ def render(
 
     All texts of the run are escaped: a model's output is not to be trusted with a browser.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     script = SCRIPT + TABLE_SCRIPT.read_text(encoding="utf-8")
     facts = report_content.describe(config or {}, summary, records)
     config_text = "" if config is None else yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)

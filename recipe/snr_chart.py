@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recipe.console_format import MISSING
 from recipe.paced_theory import optimal_weight
+from recipe.pages import page_environment
 from recipe.report import SCRIPT
 from recipe.report import TEMPLATE as REPORT_TEMPLATE
 from recipe.report_charts import WIDE, Chart, nice_ticks, short
@@ -63,13 +64,7 @@ def table(report: SnrReport) -> str:
 
 def render(report: SnrReport) -> str:
     """The page as text, self-contained, in the style of the training report."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     sentence = report.verdict.sentence
     facts = [("Exponents", _fit_text(report))]
     facts += [(name, str(value)) for name, value in report.settings.items() if value is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,15 +27,15 @@ BASE = ".base_layer."
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class Weights:
+class Weights(ABC):
     """Named whole tensors."""
 
+    @abstractmethod
     def names(self) -> list[str]:
         """Names, as the model has them."""
-        raise NotImplementedError
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, name: str) -> torch.Tensor: ...
 
 
 class StudentWeights(Weights):
