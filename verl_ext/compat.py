@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 # Set by the driver for all processes of its Ray job; tells apart clusters on one machine.
 CLUSTER_ID = "VERL_EXT_CLUSTER_ID"
+CHECK_TIMEOUT = 10.0  # seconds that a server has to say that it lives
 
 
 def answer_for_vllm_version() -> None:
@@ -90,6 +92,29 @@ def requests_without_an_adapter() -> None:
         module.bgmv_shrink = bgmv_shrink
 
 
+def end_server_with_its_engine() -> None:
+    """A verl server whose vLLM engine process died stays, and calls that wait for the engine may wait for ever.
+
+    The server process ends instead: every caller gets Ray's ``ActorDiedError`` at once, in whatever phase of a step.
+    """
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    real = CoreEngineProcManager.monitor_engine_liveness
+    if getattr(real, "ends_server", False):
+        return
+
+    def monitor_engine_liveness(self: Any) -> None:
+        real(self)
+        # The name is set where an engine ended unasked; the variables only within a verl server.
+        if self.failed_proc_name and os.environ.get("VERL_RAY_JOB_ID") and os.environ.get(CLUSTER_ID):
+            codes = {name: code for name, code in self.finished_procs().items() if code}
+            print(f"[verl_ext] vLLM's engine died, its server ends: exit codes {codes}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    monitor_engine_liveness.ends_server = True  # type: ignore[attr-defined]
+    CoreEngineProcManager.monitor_engine_liveness = monitor_engine_liveness
+
+
 def receive_weights_on_own_socket() -> None:
     """verl names the socket by which weights reach vLLM after Ray's job id; the first job of any cluster is 01000000.
 
@@ -105,6 +130,39 @@ def send_weights_on_own_socket(rollout: Any) -> None:
     cluster, handle = os.environ.get(CLUSTER_ID), getattr(rollout, "zmq_handle", None)
     if cluster and handle and f"-{cluster}-replica-" not in handle:
         rollout.zmq_handle = handle.replace("-replica-", f"-{cluster}-replica-", 1)
+
+
+def watch_server_while_sending(rollout: Any) -> None:
+    """verl's trainer sends weights over a socket without a time limit: with vLLM gone it would wait for ever.
+
+    Raises ``RuntimeError`` in the weight update where the server's process ended (`end_server_with_its_engine`). Ranks
+    that have no handle of a server wait; the driver fails at the first error of any rank.
+    """
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    from verl_ext.watched_socket import WatchedSocket
+
+    def check() -> None:
+        import ray
+
+        server = getattr(rollout, "server_handle", None)
+        if server is None:
+            return
+        try:
+            ray.get(server.__ray_ready__.remote(), timeout=CHECK_TIMEOUT)
+        except ray.exceptions.GetTimeoutError:
+            pass  # busy
+        except ray.exceptions.RayActorError as error:
+            raise RuntimeError(f"vLLM's server of replica {rollout.replica_rank} died: {error}") from error
+
+    real = getattr(BucketedWeightSender._init_socket, "unwatched", BucketedWeightSender._init_socket)
+
+    def _init_socket(self: Any) -> None:
+        real(self)
+        self.socket = WatchedSocket(self.socket, check)
+
+    _init_socket.unwatched = real  # type: ignore[attr-defined]
+    BucketedWeightSender._init_socket = _init_socket
 
 
 def actor_class(remote_class: Any) -> type:

@@ -149,6 +149,7 @@ class DistillWorker(ActorRolloutRefWorker):
         with engine.forward_only_placement(placement):
             super().init_model()
         compat.send_weights_on_own_socket(self.rollout)
+        compat.watch_server_while_sending(self.rollout)
         if self.distill.enabled:
             self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))
