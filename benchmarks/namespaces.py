@@ -104,7 +104,9 @@ def check_possible(which: Callable[[str], str | None] = shutil.which, user: int 
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not found: install iproute2 and util-linux (Linux only)")
     if (os.geteuid() if user is None else user) != 0:
-        raise ConfigError("network namespaces are made by root only: run it with sudo, or in a container with CAP_NET_ADMIN")
+        raise ConfigError(
+            "network namespaces are made by root only: run it with sudo, or in a container with CAP_NET_ADMIN"
+        )
 
 
 def run_all(commands: Sequence[Command]) -> None:

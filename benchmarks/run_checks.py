@@ -28,7 +28,7 @@ def steps_amiss(rows: Sequence[dict[str, Any]], steps: int) -> dict[str, list[in
 
 
 def not_finite(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """"STEP KEY" of what should be a finite number and is not (null is how the files write what is not)."""
+    """What should be a finite number and is not, as "STEP KEY" (null is how the files write what is not finite)."""
     wrong = []
     for row in rows:
         for key in NUMBERS if row["step"] > 0 else ():
@@ -58,8 +58,8 @@ def run_checks(folder: Path, steps: int, ranks: int) -> dict[str, Any]:
     """Rows, last checkpoint and attempts of a finished run in ``folder``.
 
     Returns:
-        steps_lost, steps_doubled, not_finite, checkpoint_step (None: none is whole), checkpoint_ranks, ranks_without_files,
-        outcomes (of the supervisor's attempts), finished (whether there is a summary).
+        steps_lost, steps_doubled, not_finite, checkpoint_step (None: none is whole), checkpoint_ranks,
+        ranks_without_files, outcomes (of the supervisor's attempts), finished (whether there is a summary).
     """
     metrics, attempts = folder / "metrics.jsonl", folder / ATTEMPTS
     rows = read_json_lines(metrics) if metrics.exists() else []

@@ -3,9 +3,9 @@
     python -m benchmarks.two_nodes --out FOLDER [--losses raylet:rollout link:update] [--steps 8] [key=value ...]
 
 Two network namespaces are the nodes; scripts/slurm/node.sh runs in each, and the tiny world is trained over both: one
-FSDP rank over gloo and one vLLM replica on each. Then the second node is lost: `raylet` is SIGKILL to its raylet, `link`
-takes its network away; `rollout` or `update` is the phase of the step (the --save-every-th after a checkpoint). The
-supervisor has --seconds to end the driver. The node is brought back, and the cluster started again, as a requeue does:
+FSDP rank over gloo and one vLLM replica on each. Then the second node is lost: `raylet` is SIGKILL to its raylet,
+`link` takes its network away; `rollout` or `update` is the phase of the step (the --save-every-th after a checkpoint).
+The supervisor has --seconds to end the driver. The node is brought back, and the cluster started again, as a requeue does:
 the run has to go on from its last checkpoint and end with every step in metrics.jsonl once.
 
 Needs root (ip netns) and the CPU stack; a few minutes. FOLDER/result.json has the result, FOLDER/launches the logs.
