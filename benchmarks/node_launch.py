@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,11 +13,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks.namespaces import INTERFACE, Command, Node
+from benchmarks.node_runs import CPUS, JOIN_SECONDS, RAY_ARGUMENTS, RUN_COMMAND
 from recipe.compose import ROOT
 from verl_ext.heartbeat import Beat, read_beat
 
 NODE_SCRIPT = ROOT / "scripts" / "slurm" / "node.sh"
-RUN_COMMAND = "python -m recipe.train"
 SUPERVISOR = "python -m recipe.supervise --"
 POLL = 0.01
 
@@ -39,7 +38,7 @@ class LaunchSettings:
     temp_dir: Path
     overrides: tuple[str, ...]
     run_command: str = RUN_COMMAND
-    cpus: int = 16
+    cpus: int = CPUS
 
 
 def environment(settings: LaunchSettings, nodes: Sequence[Node], rank: int, number: int) -> dict[str, str]:
@@ -56,8 +55,8 @@ def environment(settings: LaunchSettings, nodes: Sequence[Node], rank: int, numb
         "GPUS_PER_NODE": "1",
         "LOGICAL_GPUS": "1",
         "CPUS_PER_NODE": str(settings.cpus),
-        "RAY_START_ARGS": "--object-store-memory=500000000",
-        "JOIN_TIMEOUT": "180",
+        "RAY_START_ARGS": RAY_ARGUMENTS,
+        "JOIN_TIMEOUT": str(JOIN_SECONDS),
         "POLL_SECONDS": "1",
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "VENV": sys.prefix,
@@ -71,7 +70,7 @@ def node_command(settings: LaunchSettings, node: Node, rank: int) -> Command:
 
 
 class Launch:
-    """One start of the cluster and its driver."""
+    """One start of the cluster and its driver; what node.sh prints goes to output_RANK.txt in its folder."""
 
     def __init__(self, settings: LaunchSettings, nodes: Sequence[Node], number: int) -> None:
         self.nodes, self.log_dir = nodes, settings.log_dir / str(number)
@@ -123,12 +122,3 @@ class Launch:
             return self.ranks[0].wait(seconds)
         except subprocess.TimeoutExpired:
             return None
-
-    def preempt(self) -> None:
-        """SIGUSR1 to the head's node.sh, as Slurm would send it."""
-        self.ranks[0].send_signal(signal.SIGUSR1)
-
-
-def printed(log_dir: Path, rank: int = 0) -> str:
-    """What node.sh of a rank, and below it supervisor and driver, wrote."""
-    return (log_dir / f"output_{rank}.txt").read_text(encoding="utf-8", errors="replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,22 +35,6 @@ def not_finite(rows: Sequence[dict[str, Any]]) -> list[str]:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 wrong.append(f"{row['step']} {key}")
     return wrong
-
-
-def actors_of(temp_dir: Path) -> list[str]:
-    """Classes of the actors that ran on a node, from the logs of Ray's workers in the node's own folder."""
-    found = set()
-    for path in temp_dir.glob("session_*/logs/worker-*.out"):
-        if path.parent.parent.is_symlink():  # session_latest
-            continue
-        found |= set(re.findall(r"^:actor_name:(\S+)", path.read_text(encoding="utf-8", errors="replace"), re.M))
-    return sorted(found)
-
-
-def address_in(log: Path) -> str | None:
-    """The address under which Ray started on a node, from the log that node.sh keeps there."""
-    found = re.findall(r"Local node IP: (\S+)", re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8")))
-    return found[-1] if found else None
 
 
 def run_checks(folder: Path, steps: int, ranks: int) -> dict[str, Any]:

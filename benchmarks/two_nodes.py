@@ -5,8 +5,8 @@
 Two network namespaces are the nodes; scripts/slurm/node.sh runs in each, and the tiny world is trained over both: one
 FSDP rank over gloo and one vLLM replica on each. Then the second node is lost: `raylet` is SIGKILL to its raylet,
 `link` takes its network away; `rollout` or `update` is the phase of the step (the --save-every-th after a checkpoint).
-The supervisor has --seconds to end the driver. The node is brought back, and the cluster started again, as a requeue does:
-the run has to go on from its last checkpoint and end with every step in metrics.jsonl once.
+The supervisor has --seconds to end the driver. The node is brought back and the cluster started again, as a requeue
+does: the run has to go on from its last checkpoint and end with every step in metrics.jsonl once.
 
 Needs root (ip netns) and the CPU stack; a few minutes. FOLDER/result.json has the result, FOLDER/launches the logs.
 Exit code 0 where everything is as it should be. Whatever happens, the namespaces and all processes in them are removed.
@@ -38,8 +38,9 @@ from benchmarks.namespaces import (
     removing,
     run_all,
 )
-from benchmarks.node_launch import RUN_COMMAND, Launch, LaunchSettings, environment, node_command, printed
-from benchmarks.run_checks import actors_of, address_in, complaints, run_checks
+from benchmarks.node_launch import Launch, LaunchSettings, environment, node_command
+from benchmarks.node_runs import RUN_COMMAND, check_new, last_line, nodes_amiss, part_taken, say, tiny_run
+from benchmarks.run_checks import complaints, run_checks
 from recipe.attempts import ATTEMPTS, REFUSED_EXIT
 from recipe.checkpoints import newest_complete
 from recipe.run_files import read_json_lines
@@ -112,15 +113,6 @@ def loss_of(text: str) -> Loss:
     return Loss(fault, phase)
 
 
-def overrides(out: Path, steps: int, save_every: int, given: Sequence[str]) -> tuple[str, ...]:
-    """Of the tiny run on two nodes."""
-    return (
-        "model=tiny", "data=tiny_world", "hardware=cpu", "trainer.nnodes=2", "trainer.n_gpus_per_node=1",
-        "data.train_batch_size=4", f"run.steps={steps}", f"run.save_every={save_every}", "run.val_before=false",
-        "run.val_every=-1", *given, f"run.output_dir={out / 'run'}",
-    )  # fmt: skip
-
-
 class Campaign:
     """The launches of one run, with the losses between them."""
 
@@ -129,6 +121,7 @@ class Campaign:
         self.heartbeat = folder / FILE
         self.launches = 0
         self.starts: list[float] = []
+        self.parts: list[dict[str, Any]] = []
 
     def run(self, losses: Sequence[Loss]) -> int | None:
         """To the end, or to the first loss that does not end in a requeue. Returns the last exit code."""
@@ -167,6 +160,7 @@ class Campaign:
             say(f"it goes on from checkpoint {first.saved}")
         if launch.await_beat(self.heartbeat, ROLLOUT) is not None:
             self.starts.append(round(time.monotonic() - started, 1))
+            self.parts = part_taken(self.nodes, launch.log_dir)
             say(f"the first rollout began after {self.starts[-1]} s")
         return launch
 
@@ -210,21 +204,9 @@ def table(result: dict[str, Any]) -> str:
             f"{loss['code'] if loss['code'] is not None else '-':>6}  {loss['resumed_from']} of {loss['checkpoint']}"
         )
     for node in result["nodes"]:
-        lines.append(f"{node['address']}: {', '.join(node['actors']) or 'no actor'}")
+        lines.append(f"{node['address']}: {', '.join(node['processes']) or 'nothing of Ray'}")
     lines += [f"amiss: {text}" for text in result["amiss"]] or ["everything is as it should be"]
     return "\n".join(lines)
-
-
-def nodes_amiss(nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Nodes that took no part: Ray had another address there, or no model worker or no rollout server ran."""
-    said = []
-    for node in nodes:
-        if node["ray_address"] != node["address"]:
-            said.append(f"{node['address']}: Ray started under {node['ray_address']}")
-        for kind, word in (("Worker", "model worker"), ("Server", "rollout server")):
-            if not any(kind in actor for actor in node["actors"]):
-                said.append(f"{node['address']}: no {word} ran there")
-    return said
 
 
 def parser() -> argparse.ArgumentParser:
@@ -272,7 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = LaunchSettings(
         log_dir=out / "launches",
         temp_dir=temp_dir,
-        overrides=overrides(out, given.steps, given.save_every, given.overrides),
+        overrides=(
+            "trainer.nnodes=2",
+            "trainer.n_gpus_per_node=1",
+            *tiny_run(out / "run", given.steps, given.save_every, given.overrides),
+        ),
         run_command=given.run_command,
     )
     if given.dry_run:
@@ -287,13 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return REFUSED_EXIT
 
 
-def check_new(out: Path) -> None:
-    """Raises ConfigError where the folder holds something."""
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty; choose a new folder")
-
-
 def measure(out: Path, nodes: Sequence[Node], settings: LaunchSettings, given: argparse.Namespace) -> int:
     """Runs it, writes the result and prints it. Returns the exit code."""
     folder = out / "run"
@@ -303,26 +282,18 @@ def measure(out: Path, nodes: Sequence[Node], settings: LaunchSettings, given: a
         stack.callback(shutil.rmtree, settings.temp_dir, ignore_errors=True)
         stack.enter_context(namespaces(nodes))
         code = campaign.run(given.losses)
-        last = settings.log_dir / str(campaign.launches - 1)
-        took_part = [
-            {
-                "address": node.address,
-                "ray_address": address_in(last / f"node_{rank}.log"),
-                "actors": actors_of(settings.temp_dir / str(rank)),
-            }
-            for rank, node in enumerate(nodes)
-        ]
     found = run_checks(folder, given.steps, len(nodes))
     amiss = [text for loss in given.losses for text in loss.amiss(given.seconds)]
-    amiss += nodes_amiss(took_part) + complaints(found, given.steps, len(nodes))
+    amiss += nodes_amiss(campaign.parts) + complaints(found, given.steps, len(nodes))
     if code != 0:
-        amiss.append(f"the last launch ended with {code}: {last_line(printed(last))}")
+        told = settings.log_dir / str(campaign.launches - 1) / "output_0.txt"
+        amiss.append(f"the last launch ended with {code}: {last_line(told)}")
     result = {
         "steps": given.steps,
         "launches": campaign.launches,
         "seconds_to_first_rollout": campaign.starts,
         "losses": [asdict(loss) for loss in given.losses],
-        "nodes": took_part,
+        "nodes": campaign.parts,
         **found,
         "code": code,
         "amiss": amiss,
@@ -331,16 +302,6 @@ def measure(out: Path, nodes: Sequence[Node], settings: LaunchSettings, given: a
     write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
     print(table(result))
     return 1 if amiss else 0
-
-
-def last_line(text: str) -> str:
-    """The last that is not empty."""
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing was printed")
-
-
-def say(text: str) -> None:
-    """One line on standard error."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

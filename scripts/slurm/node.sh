@@ -71,7 +71,7 @@ mkdir -p "$LOG_DIR"
 log=$LOG_DIR/node_$NODE_RANK.log
 ended=$LOG_DIR/ended
 deadline=$((SECONDS + JOIN_TIMEOUT))
-# In the environment of Ray, of the driver and of whatever they start: no other start has the same.
+# In the environment of Ray and of whatever it starts: no other start has the same.
 mark=PASSRATE_NODE=$NODE_RANK:$LOG_DIR
 readonly HEAD_STARTS=3 SECONDS_TO_LEAVE=5
 driver='' ray='' watcher='' signalled=0 status=0
@@ -89,18 +89,25 @@ start_ray() {
   local arguments=("$@" --num-cpus="$CPUS_PER_NODE" --temp-dir="$TEMP_DIR" --disable-usage-stats --block) more
   ((LOGICAL_GPUS == 0)) || arguments+=(--num-gpus="$GPUS_PER_NODE")
   read -r -a more <<<"$RAY_START_ARGS"
-  env "$mark" ray start "${arguments[@]}" "${more[@]}" >>"$log" 2>&1 &
+  # A session of its own, by which those are found that write their title over their environment.
+  setsid env "$mark" ray start "${arguments[@]}" "${more[@]}" >>"$log" 2>&1 &
   ray=$!
 }
 
 running() { [[ -n $1 ]] && kill -0 "$1" 2>/dev/null; }
 
-marked() { grep -lzxF -- "$mark" /proc/[0-9]*/environ 2>/dev/null | tr -cd '0-9\n'; }
+left_of_ray() {
+  {
+    # Some end while they are read.
+    grep -lzxF -- "$mark" /proc/[0-9]*/environ | tr -cd '0-9\n' || true
+    { cat /proc/[0-9]*/stat || true; } | awk -v session="$ray" '{ pid = $1; sub(/.*\) /, "") } $4 == session && $1 != "Z" { print pid }'
+  } 2>/dev/null | sort -un
+}
 
-# What a raylet that was killed leaves behind lives on, its workers' devices with it.
-end_marked() {
+# What a raylet that was killed leaves behind lives on for half a minute or for ever, and its devices with it.
+end_what_is_left() {
   local left waited=0
-  while mapfile -t left < <(marked) && ((${#left[@]})); do
+  while mapfile -t left < <(left_of_ray) && ((${#left[@]})); do
     if ((waited++ >= SECONDS_TO_LEAVE)); then
       say "ended what Ray left behind: ${left[*]}"
       kill -KILL "${left[@]}" 2>/dev/null || true
@@ -123,7 +130,7 @@ finish() {
     while running "$ray" && ((waited++ < 30)); do sleep 1; done
     ! running "$ray" || kill -KILL "$ray" || true
   fi
-  end_marked
+  end_what_is_left
 }
 trap finish EXIT
 trap 'exit 143' TERM INT
@@ -192,7 +199,7 @@ await_cluster() {
       ((starts++ < HEAD_STARTS)) ||
         die "Ray's head did not start, or ended, $HEAD_STARTS times: the last lines of $log say why"
       say "Ray's head is not running: once more"
-      end_marked
+      end_what_is_left
       start_head
     fi
     read -r nodes gpus < <({ timeout 60 ray status --address "$HEAD_ADDRESS:$PORT" 2>/dev/null || true; } | count_nodes)
@@ -231,7 +238,7 @@ run_head() {
   say "driver: ${command[*]} $*"
   # A driver must not inherit it.
   trap - USR1
-  env "$mark" RAY_ADDRESS="$HEAD_ADDRESS:$PORT" "${command[@]}" "$@" &
+  RAY_ADDRESS=$HEAD_ADDRESS:$PORT "${command[@]}" "$@" &
   driver=$!
   trap 'forward USR1' USR1
   trap 'forward TERM' TERM INT
@@ -261,7 +268,7 @@ run_worker() {
     ((SECONDS < deadline)) ||
       die "$(hostname): Ray is not running here: it could not join $HEAD_ADDRESS:$PORT within $JOIN_TIMEOUT s (JOIN_TIMEOUT), or ended later"
     say "Ray is not running here: once more"
-    end_marked
+    end_what_is_left
     sleep "$POLL_SECONDS"
   done
 }
