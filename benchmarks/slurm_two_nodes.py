@@ -209,10 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines))
         return 0
     try:
-        check_possible()
-        check_slurm()
         if not 0 < given.preempt_at < given.steps:
             raise ConfigError(f"--preempt-at {given.preempt_at}: expected 1 to {given.steps - 1} (--steps less one)")
+        check_possible()
+        check_slurm()
         check_new(out)
         with ExitStack() as stack:
             state.mkdir(mode=0o755)
