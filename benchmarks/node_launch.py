@@ -94,15 +94,15 @@ class Launch:
         """Whether the head's node.sh, and with it the supervisor, is there."""
         return self.ranks[0].poll() is None
 
-    def await_beat(self, heartbeat: Path, wanted: str, *, saved_every: int = 0) -> Beat | None:
-        """Waits for a phase of a step: the ``saved_every``-th after the last checkpoint, of which there must be one.
+    def await_beat(self, heartbeat: Path, wanted: str, *, saved: int = 0, steps_on: int = 0) -> Beat | None:
+        """Waits for a phase, in the ``steps_on``-th step or later after a checkpoint of step ``saved`` or later.
 
-        ``saved_every`` 0: any step. None where the head ended before.
+        None where the head ended before.
         """
         while self.running():
             beat = read_beat(heartbeat)
             if beat is not None and beat.phase == wanted:
-                if not saved_every or (beat.saved and beat.step - beat.saved >= saved_every):
+                if beat.saved >= saved and beat.step - beat.saved >= steps_on:
                     return beat
             time.sleep(POLL)
         return None

@@ -120,6 +120,7 @@ class Campaign:
         self.nodes, self.settings, self.folder, self.save_every = nodes, settings, folder, save_every
         self.heartbeat = folder / FILE
         self.launches = 0
+        self.resumed_from = 0
         self.starts: list[float] = []
         self.parts: list[dict[str, Any]] = []
 
@@ -131,7 +132,9 @@ class Campaign:
             launch = self._start(before)
             if loss is None:
                 code = launch.await_end(PATIENCE * 4)
-            elif beat := launch.await_beat(self.heartbeat, loss.phase, saved_every=self.save_every):
+            elif beat := launch.await_beat(
+                self.heartbeat, loss.phase, saved=self.resumed_from + 1, steps_on=self.save_every
+            ):
                 self._lose(launch, loss, beat.step, beat.pid)
                 code = loss.code
             else:
@@ -156,7 +159,7 @@ class Campaign:
         say(f"launch {self.launches - 1}: node.sh on {', '.join(node.address for node in self.nodes)}")
         first = launch.await_beat(self.heartbeat, START)
         if before is not None and first is not None:
-            before.resumed_from = first.saved
+            before.resumed_from = self.resumed_from = first.saved
             say(f"it goes on from checkpoint {first.saved}")
         if launch.await_beat(self.heartbeat, ROLLOUT) is not None:
             self.starts.append(round(time.monotonic() - started, 1))
