@@ -176,7 +176,8 @@ def test_a_driver_without_a_node_is_not_waited_for_as_long_as_one_that_can_save(
     tmp_path: Path, watching: Callable[..., Watch]
 ) -> None:
     watching((tmp_path / "ready").exists)
-    told = supervisor(tmp_path, "deaf", restarts=0, address="10.0.0.1:6379", to_end=3600.0, to_end_lost=0.1)
+    changes = {"limits": {}, "to_end": 3600.0, "to_end_lost": 0.1}
+    told = supervisor(tmp_path, "deaf", restarts=0, address="10.0.0.1:6379", **changes)
     thread = when((tmp_path / "starts.jsonl").exists, (tmp_path / "ready").touch)
     assert told.run() == 75
     thread.join()
