@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from recipe.detectable import VarianceComponents, detectable_difference, variance_components
+from recipe.detectable import VarianceComponents, detectable_difference, power_of, variance_components
 from recipe.intervals import Floats, Interval, Population, over_items, over_seeds, over_seeds_and_items
 from recipe.paired import Comparison, MethodRuns, compare
+from recipe.study_conditions import Conditions, evaluated_differently, trained_differently
 from recipe.study_file import Study, StudyQuestion
 from recipe.study_items import ItemCounts, read_question_ids, unpack_items
 
@@ -85,6 +86,8 @@ class Answer:
         metric: with its k.
         seeds, other_seeds: of the runs of first and second.
         blind_below: the smallest true difference beyond delta that as many seeds show with 80% power.
+        power: chance that as many seeds show the claimed effect, were it true; None without a number.
+        unequal: what the entries did not have in common beside the method (budget, starting model, training data).
         note: what the reader must know; why it was refused.
     """
 
@@ -95,6 +98,8 @@ class Answer:
     seeds: tuple[int, ...] = ()
     other_seeds: tuple[int, ...] = ()
     blind_below: float | None = None
+    power: float | None = None
+    unequal: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -115,7 +120,7 @@ def entry_accuracy(
     """Accuracy of an entry's runs at a validation; None where no run is finished.
 
     Args:
-        folder: of the rows, for the ids of the questions.
+        folder: of the study's rows, for the ids of the questions; other studies' folders lie beside it.
         metric: ``mean``, ``maj`` or ``pass@k``.
         step: None: the last.
 
@@ -134,7 +139,7 @@ def entry_accuracy(
     if by_item:
         digests = _same("questions", {row["run_id"]: one.questions for row, one in zip(own, counts, strict=True)})
         accuracy_SP = [_by_item(row, one, metric, step) for row, one in zip(own, counts, strict=True)]
-        names = read_question_ids(folder, digests)
+        names = read_question_ids(_folder_of(study, entry, folder), digests)
         items = names or [f"question {number} of {digests}" for number in range(len(accuracy_SP[0]))]
     else:
         accuracy_SP = [[_whole(row, metric, step, samples)] for row in own]
@@ -151,16 +156,54 @@ def entry_accuracy(
     )
 
 
-def answer(study: Study, rows: Mapping[str, Row], question: StudyQuestion, folder: Path) -> Answer:
-    """The answer by the runs that are finished; with paired seeds, by the seeds that both entries have."""
+def _folder_of(study: Study, entry: str, folder: Path) -> Path:
+    """Where an entry's rows lie."""
+    owner = next(run.owner for run in study.runs if run.entry == entry)
+    return folder if owner is None else folder.parent / owner.study
+
+
+def answer(
+    study: Study,
+    rows: Mapping[str, Row],
+    question: StudyQuestion,
+    folder: Path,
+    conditions: Mapping[str, Conditions] | None = None,
+) -> Answer:
+    """The answer by the runs that are finished; with paired seeds, by the seeds that both entries have.
+
+    Args:
+        folder: see :func:`entry_accuracy`.
+        conditions: by run id, as far as they are known. Entries that were evaluated differently are refused, those
+            that were trained unequally are marked. None: not checked.
+    """
+    steps = (question.step, question.step if question.second_step is None else question.second_step)
     try:
         first, second = (
-            entry_accuracy(study, rows, entry, folder, metric=question.metric, step=question.step)
-            for entry in (question.first, question.second)
+            entry_accuracy(study, rows, entry, folder, metric=question.metric, step=step)
+            for entry, step in zip((question.first, question.second), steps, strict=True)
         )
-        return _compare(question, first, second)
+        found = _compare(question, first, second)
+        if conditions is None or found.comparison is None or question.first == question.second:
+            return found
+        return _checked(study, rows, found, conditions)
     except ValueError as error:  # Refused, and what recipe.paired does not compare
         return Answer(question, "refused", note=str(error))
+
+
+def _checked(study: Study, rows: Mapping[str, Row], found: Answer, conditions: Mapping[str, Conditions]) -> Answer:
+    """The answer, marked where the entries were trained unequally. Raises Refused for different evaluations."""
+    sides = ((found.question.first, found.seeds), (found.question.second, found.other_seeds))
+    first, second = (
+        [row["run_id"] for row in rows_of(study, rows, entry) if row["seed"] in seeds] for entry, seeds in sides
+    )
+    unknown = [run_id for run_id in (*first, *second) if run_id not in conditions]
+    if unknown:
+        note = f"whether budgets and evaluations are equal could not be checked: run {unknown[0]}'s are not known"
+        return replace(found, note="; ".join(filter(None, (found.note, note))))
+    first, second = ([conditions[run_id] for run_id in side] for side in (first, second))
+    if different := evaluated_differently(first, second):
+        raise Refused(different)
+    return replace(found, unequal=tuple(trained_differently(first, second)))
 
 
 def _compare(question: StudyQuestion, first: EntryAccuracy | None, second: EntryAccuracy | None) -> Answer:
@@ -188,16 +231,18 @@ def _compare(question: StudyQuestion, first: EntryAccuracy | None, second: Entry
     )
     if population == "items":
         notes.append("one seed: the interval speaks about other questions for these two runs, not about the methods")
-    return Answer(
-        question,
-        "not resolved" if population == "items" else comparison.verdict,
-        comparison,
-        first.metric,
-        first.seeds,
-        second.seeds,
-        None if population == "items" else _blind_below(first, second, question.pairing),
-        "; ".join(notes),
+    found = Answer(
+        question, comparison.verdict, comparison, first.metric, first.seeds, second.seeds, note="; ".join(notes)
     )
+    if population == "items":
+        return replace(found, verdict="not resolved")
+    components, items = _components(first, second, question.pairing)
+    seeds = min(len(first.seeds), len(second.seeds))
+    power = None
+    if question.claimed is not None:
+        power = power_of(question.claimed - question.delta, components, seeds, items, pairing=question.pairing)
+    blind_below = detectable_difference(components, seeds, items, pairing=question.pairing)
+    return replace(found, blind_below=blind_below, power=power)
 
 
 def _method_runs(one: EntryAccuracy) -> MethodRuns:
@@ -211,17 +256,18 @@ def _without_items(one: EntryAccuracy) -> EntryAccuracy:
     )
 
 
-def _blind_below(first: EntryAccuracy, second: EntryAccuracy, pairing: Literal["paired", "unpaired"]) -> float:
-    """By the variances that these runs show."""
+def _components(
+    first: EntryAccuracy, second: EntryAccuracy, pairing: Literal["paired", "unpaired"]
+) -> tuple[VarianceComponents, int]:
+    """The variances that these runs show, and the number of questions."""
     seeds = min(len(first.seeds), len(second.seeds))
     if first.by_item:
         differences_SP = first.accuracy_SP[:seeds] - second.accuracy_SP[:seeds]
-        found = variance_components(differences_SP)
-        return detectable_difference(found, seeds, differences_SP.shape[1], pairing=pairing)
+        return variance_components(differences_SP), differences_SP.shape[1]
     means = [one.accuracy_SP[:, 0] for one in (first, second)]
     spread = (means[0] - means[1]).var(ddof=1) if pairing == "paired" else sum(one.var(ddof=1) for one in means)
     # These questions are not a sample of others: seeds alone vary, whatever the number of items.
-    return detectable_difference(VarianceComponents(float(spread), 0.0, 0.0), seeds, 2, pairing=pairing)
+    return VarianceComponents(float(spread), 0.0, 0.0), 2
 
 
 # ------------------------------------------------------------------------------------------------------- reading a row
