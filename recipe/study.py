@@ -22,6 +22,7 @@ from recipe.output_folder import unused_folder
 from recipe.study_chart import study_svg
 from recipe.study_conditions import row_settings
 from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
+from recipe.study_index import index_text
 from recipe.study_page import write_page
 from recipe.study_rows import (
     cost_lines,
@@ -164,11 +165,19 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("file", type=Path, metavar="FILE", help="the study, a YAML file such as conf/study/methods.yaml")
+    made.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="the study, a YAML file such as conf/study/methods.yaml"
+    )
     made.add_argument("--dry-run", action="store_true", help="print the grid and its cost, run nothing")
     made.add_argument("--table", action="store_true", help="print a markdown table of the rows there are, run nothing")
     made.add_argument("--plot", type=Path, metavar="SVG", help="draw the rows there are into this file, run nothing")
     made.add_argument("--page", type=Path, metavar="MD", help="write the results page with its pictures, run nothing")
+    made.add_argument(
+        "--index",
+        type=Path,
+        metavar="MD",
+        help="write the list of all studies beside FILE or in conf/study, run nothing",
+    )
     made.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the rows")
     made.add_argument("--outputs", type=Path, default=Path("outputs") / "study", help="folder of the runs' own files")
     made.add_argument("--quiet", action="store_true", help="no line per step")
@@ -177,9 +186,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 1 where a run failed, 2 where the study cannot be run at all."""
-    options = parser().parse_args(arguments)
+    asked = parser()
+    options = asked.parse_args(arguments)
+    if options.file is None and options.index is None:
+        asked.error("the following arguments are required: FILE (or --index MD)")
     started = time.perf_counter()
     try:
+        if options.index is not None:
+            folder = ROOT / "conf" / "study" if options.file is None else options.file.parent
+            write_atomically(options.index, index_text(folder, options.results, options.index))
+            print(json.dumps({"written": [str(options.index)]}))
+            return 0
         study = read_study(options.file)
         rows = read_rows(options.results, study)
         if options.table:
@@ -197,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return 0
         missing = any(run.run_id not in rows for run in study.own_runs)
-        outcome = _run_all(study, configs, options.results) if missing else Outcome(skipped=[run.run_id for run in study.own_runs])
+        nothing_to_do = Outcome(skipped=[run.run_id for run in study.own_runs])
+        outcome = _run_all(study, configs, options.results) if missing else nothing_to_do
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

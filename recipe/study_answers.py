@@ -219,7 +219,10 @@ def _compare(question: StudyQuestion, first: EntryAccuracy | None, second: Entry
     if first.by_item != second.by_item:
         first, second = (_without_items(one) for one in (first, second))
     if not first.by_item and question.metric != "maj":
-        notes.append("rows without counts by question: that both ran on the same ones is taken from the declaration")
+        notes.append(
+            "rows without counts by question, so the runs' means are compared and not question by question; that they "
+            "are of the same questions is taken from the declaration"
+        )
     population = min((first, second), key=lambda one: len(one.seeds)).population
     if population is None:
         return Answer(question, "not resolved", note="one seed: no interval")

@@ -1,7 +1,7 @@
 """Under which conditions a study's rows were made: samples, steps, learning rate, starting model, data, evaluation.
 
-A row holds the settings that decide these. Rows from before they were kept hold their command line only; today's presets
-complete it then, and ``recorded`` says so. Numbers of steps and samples are the row's own in any case.
+A row holds the settings that decide these. Rows from before they were kept hold their command line only; today's
+presets complete it then, and ``recorded`` says so. Numbers of steps and samples are the row's own in any case.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ def _portable(path: str) -> str:
     return f"{Path(path).name} ({hashlib.sha256(path.encode()).hexdigest()[:8]})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def composed_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
     """:func:`row_settings` of a command line with today's presets. Raises ConfigError where they do not compose."""
     return row_settings(compose_config(overrides))

@@ -19,7 +19,7 @@ from recipe.study_curves import curves_svg
 from recipe.study_file import Study, StudyRun
 from recipe.study_page_questions import questions_text
 from recipe.study_page_runs import conditions_text, known_conditions, mean_of, runs_text
-from recipe.study_rows import expected_seconds, markdown_table, runs_by_owner
+from recipe.study_rows import cost_of, expected_seconds, markdown_table, runs_by_owner
 from verl_ext.atomic import write_atomically
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -177,19 +177,15 @@ def _span(interval: Interval) -> str:
 
 
 def _not_run(study: Study, left: Sequence[StudyRun], rows: Rows) -> str:
-    body, total, unknown = [], 0.0, 0
     others = any(run.owner for run in study.runs)
+    body = []
     for entry in study.entries:
         own = [run for run in left if run.entry == entry]
         if not own:
             continue
         seconds, owner = expected_seconds(own[0], rows), own[0].owner
-        unknown += len(own) * (seconds is None)
-        total += len(own) * (seconds or 0.0)
         cost = "unknown" if seconds is None else f"{len(own)} × {format_seconds(seconds)}"
         runs_it = [f"`{owner.study if owner else study.name}`"] * others
         body.append([entry, ", ".join(str(run.seed) for run in own), cost, *runs_it])
-    head = ["", "seeds", "cost", *["study that runs it"] * others]
-    text = f"Together about {format_seconds(total)}" if total else "Together unknown"
-    text += f", and {unknown} runs of unknown time" if unknown and total else ""
-    return f"{markdown_table(head, body)}\n\n{text}, on the machine of the rows or as declared."
+    table = markdown_table(["", "seeds", "cost", *["study that runs it"] * others], body)
+    return f"{table}\n\nTogether {cost_of(left, rows)}, on the machine of the rows or as declared."

@@ -36,6 +36,10 @@ def questions_text(
     """The section, without its title; arguments of :func:`recipe.study_answers.answer`."""
     answers = [answer(study, rows, question, folder, conditions) for question in study.questions]
     numbered = list(enumerate(answers, 1))
+    notes = [one.note for one in answers]
+    # What is to be said of several answers is said once.
+    shared = [note for note in dict.fromkeys(notes) if note and notes.count(note) > 1]
+    letters = {note: chr(ord("a") + place) for place, note in enumerate(shared)}
     parts = [_overview(answers)]
     for group in dict.fromkeys(one.question.group for one in answers):
         own = [(number, one) for number, one in numbered if one.question.group == group]
@@ -43,7 +47,8 @@ def questions_text(
         head = [*HEAD, CLAIMED] if claimed else list(HEAD)
         body = [_cells(number, one, claimed) for number, one in own]
         parts += [f"### {group}"] if group else []
-        parts += [markdown_table(head, body), "\n".join(f"{number}. {_detail(one)}" for number, one in own)]
+        parts += [markdown_table(head, body), "\n".join(f"{number}. {_detail(one, letters)}" for number, one in own)]
+    parts += ["\n".join(f"* Note {letter}: {note}." for note, letter in letters.items())] if letters else []
     legend = [LEGEND]
     legend += [LEGEND_CLAIMED] if any(one.question.claimed is not None for one in answers) else []
     legend += [LEGEND_UNEQUAL] if any(one.unequal for one in answers) else []
@@ -98,7 +103,7 @@ def _p_value(p: float | None) -> str:
     return "—" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
-def _detail(one: Answer) -> str:
+def _detail(one: Answer, letters: Mapping[str, str]) -> str:
     question = one.question
     by = f" by more than {question.delta:g}" if question.delta else ""
     at = "" if question.step is None else f" at step {question.step}"
@@ -112,6 +117,8 @@ def _detail(one: Answer) -> str:
     text += "."
     if one.unequal:
         text += f" Compared at different {'; different '.join(one.unequal)}."
+    if one.note in letters:
+        return f"{text} Note {letters[one.note]}."
     return text + (f" Note: {one.note}." if one.note else "")
 
 

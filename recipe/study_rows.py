@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,28 @@ def expected_seconds(run: StudyRun, rows: Mapping[str, Mapping[str, Any]]) -> fl
     return statistics.fmean(row["seconds"] for row in rows.values()) if rows else None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What runs take one after the other: seconds of those whose time is known, and how many others there are."""
+
+    seconds: float = 0.0
+    unknown: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.unknown + other.unknown)
+
+    def __str__(self) -> str:
+        parts = [f"about {format_seconds(self.seconds)}"] if self.seconds or not self.unknown else []
+        parts += [f"{self.unknown} runs of unknown time (set expected_seconds)"] if self.unknown else []
+        return " and ".join(parts)
+
+
+def cost_of(runs: Sequence[StudyRun], rows: Mapping[str, Mapping[str, Any]]) -> Cost:
+    """Of these runs, see :func:`expected_seconds`."""
+    seconds = [expected_seconds(run, rows) for run in runs]
+    return Cost(sum(one for one in seconds if one is not None), seconds.count(None))
+
+
 def cost_lines(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The grid and what it costs, for a person; of rows of other studies, how many there are."""
     runs = study.own_runs
@@ -138,23 +161,15 @@ def cost_lines(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> list[str]
     common = [item for item in runs[0].overrides if all(item in run.overrides for run in runs)] if runs else []
     if common:
         lines.append(f"  every run: {' '.join(common)}")
-    total, unknown = 0.0, 0
     for run in runs:
         seconds = expected_seconds(run, rows)
         if run.run_id in rows:
             cost = f"done in {format_seconds(rows[run.run_id]['seconds'])}"
-        elif seconds is None:
-            unknown += 1
-            cost = "time unknown"
         else:
-            total += seconds
-            cost = f"about {format_seconds(seconds)}"
+            cost = "time unknown" if seconds is None else f"about {format_seconds(seconds)}"
         own = " ".join(item for item in run.overrides if item not in common)
         lines.append(f"  {run.run_id:<{width}}  {cost:<20}  {own}".rstrip())
-    cost = f"about {format_seconds(total)}" if total or not unknown else ""
-    if unknown:
-        cost += f"{' and ' if cost else ''}{unknown} runs of unknown time (set expected_seconds)"
-    lines.append(f"cost of what is left: {cost}")
+    lines.append(f"cost of what is left: {cost_of([run for run in runs if run.run_id not in rows], rows)}")
     for owner, shown in runs_by_owner(study).items():
         there = sum(run.run_id in rows for run in shown)
         lines.append(f"rows of study {owner}: {there} of {len(shown)}; its own file runs what is missing")
