@@ -49,9 +49,9 @@ def index_text(folder: Path, results: Path, index: Path) -> str:
                 f"Made by `python -m recipe.study --index {shown_path(index)}` from the declarations in "
                 f"`{shown_path(folder)}/` and the rows in `{shown_path(results)}/`; not written by hand. What a study "
                 "is, and what its page says: [studies](../studies.md).",
-                f"{declared - missing} of {declared} declared runs are finished. What was not run would take {total}, one "
-                "run after the other on the machine of the rows or as declared. `python -m recipe.study FILE` runs what is "
-                "missing of a study, with `--dry-run` it lists it.",
+                f"{declared - missing} of {declared} declared runs are finished. What was not run would take {total}, "
+                "one run after the other on the machine of the rows or as declared. `python -m recipe.study FILE` runs "
+                "what is missing of a study, with `--dry-run` it lists it.",
                 markdown_table(HEAD, body),
             ]
         )
