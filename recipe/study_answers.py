@@ -176,11 +176,10 @@ def answer(
         conditions: by run id, as far as they are known. Entries that were evaluated differently are refused, those
             that were trained unequally are marked. None: not checked.
     """
-    steps = (question.step, question.step if question.second_step is None else question.second_step)
     try:
         first, second = (
             entry_accuracy(study, rows, entry, folder, metric=question.metric, step=step)
-            for entry, step in zip((question.first, question.second), steps, strict=True)
+            for entry, step in zip((question.first, question.second), _steps(question), strict=True)
         )
         found = _compare(question, first, second)
         if conditions is None or found.comparison is None or question.first == question.second:
@@ -188,6 +187,11 @@ def answer(
         return _checked(study, rows, found, conditions)
     except ValueError as error:  # Refused, and what recipe.paired does not compare
         return Answer(question, "refused", note=str(error))
+
+
+def _steps(question: StudyQuestion) -> tuple[int | None, int | None]:
+    """The validations of first and second; None: the last."""
+    return question.step, question.step if question.second_step is None else question.second_step
 
 
 def _checked(study: Study, rows: Mapping[str, Row], found: Answer, conditions: Mapping[str, Conditions]) -> Answer:
@@ -200,7 +204,10 @@ def _checked(study: Study, rows: Mapping[str, Row], found: Answer, conditions: M
     if unknown:
         note = f"whether budgets and evaluations are equal could not be checked: run {unknown[0]}'s are not known"
         return replace(found, note="; ".join(filter(None, (found.note, note))))
-    first, second = ([conditions[run_id] for run_id in side] for side in (first, second))
+    steps = _steps(found.question)
+    first, second = (
+        [conditions[run_id].until(step) for run_id in side] for side, step in zip((first, second), steps, strict=True)
+    )
     if different := evaluated_differently(first, second):
         raise Refused(different)
     return replace(found, unequal=tuple(trained_differently(first, second)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +78,13 @@ class Conditions:
     train_files: tuple[str, ...]
     evaluation: Mapping[str, Any]
     recorded: bool
+
+    def until(self, step: int | None) -> Conditions:
+        """As the run was at a step; the whole run for None, and for a method of stages, which are no steps."""
+        if step is None or self.samples.source == "recorded" or not 0 <= step < self.steps:
+            return self
+        drawn, replayed = (round(count * step / self.steps) for count in (self.samples.drawn, self.samples.replayed))
+        return replace(self, steps=step, samples=replace(self.samples, drawn=drawn, replayed=replayed))
 
 
 def row_settings(config: DictConfig) -> dict[str, Any]:
