@@ -21,9 +21,10 @@ from recipe.environment import commit, machine, versions
 from recipe.output_folder import unused_folder
 from recipe.study_chart import study_svg
 from recipe.study_conditions import row_settings
-from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
+from recipe.study_file import KEYS, Study, StudyRun, read_study
 from recipe.study_index import index_text
 from recipe.study_page import write_page
+from recipe.study_question import QUESTION_KEYS
 from recipe.study_rows import (
     cost_lines,
     expected_seconds,

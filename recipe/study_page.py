@@ -13,8 +13,9 @@ from typing import Any
 
 from recipe.console_format import format_seconds
 from recipe.intervals import Interval
-from recipe.study_answers import EntryAccuracy, entry_accuracy, rows_of
+from recipe.study_accuracy import EntryAccuracy, entry_accuracy, rows_of
 from recipe.study_chart import study_svg
+from recipe.study_conditions import Conditions, budget_text
 from recipe.study_curves import curves_svg
 from recipe.study_file import Study, StudyRun
 from recipe.study_page_questions import questions_text
@@ -67,7 +68,7 @@ def page_text(
         _state(study, rows),
         *["\n".join(f"* {one}" for one in study.remarks)] * bool(study.remarks),
         *([_section("Questions", questions_text(study, rows, folder, conditions))] if study.questions else []),
-        _section("Accuracy", _accuracy(study, rows, folder)),
+        _section("Accuracy", _accuracy(study, rows, folder, conditions)),
         *[f"![{label}]({name})" for label, name in (pictures or {}).items()],
     ]
     left = [run for run in study.runs if run.run_id not in rows]
@@ -114,13 +115,14 @@ def _state(study: Study, rows: Rows) -> str:
 # ------------------------------------------------------------------------------------------------------------ accuracy
 
 
-def _accuracy(study: Study, rows: Rows, folder: Path) -> str:
-    head = ["", "seeds", "before", "after", "95%, other seeds and questions", "95%, other seeds", "maj", "s/step"]
+def _accuracy(study: Study, rows: Rows, folder: Path, conditions: Mapping[str, Conditions]) -> str:
+    intervals = ["95%, other seeds and questions", "95%, other seeds"]
+    head = ["", "seeds", "before", "after", *intervals, "maj", "samples", "s/step"]
     parts, notes, metrics = [], [], set()
     for group in dict.fromkeys(study.groups.values()):
         body = []
         for entry in [one for one in study.entries if study.groups[one] == group]:
-            cells, metric, note = _accuracy_cells(study, rows, entry, folder)
+            cells, metric, note = _accuracy_cells(study, rows, entry, folder, conditions)
             body.append(cells)
             metrics |= {metric} - {""}
             notes += [f"* {entry}: {note}"] * bool(note)
@@ -129,28 +131,32 @@ def _accuracy(study: Study, rows: Rows, folder: Path) -> str:
     legend = (
         f"Before and after: {said} of the first and the last validation, mean over seeds. Intervals: for another "
         "training run on other questions of the same kind, and for another training run on these questions. maj: "
-        "majority answer, with the interval over seeds. — : the rows do not allow it (a single seed, no counts by "
-        "question)."
+        "majority answer, with the interval over seeds. Samples: see Conditions. — : the rows do not allow it (a "
+        "single seed, no counts by question)."
     )
     return "\n\n".join([*parts, legend, *["\n".join(notes)] * bool(notes)])
 
 
-def _accuracy_cells(study: Study, rows: Rows, entry: str, folder: Path) -> tuple[list[str], str, str]:
+def _accuracy_cells(
+    study: Study, rows: Rows, entry: str, folder: Path, conditions: Mapping[str, Conditions]
+) -> tuple[list[str], str, str]:
     """A line of the table, the metric with its k, and why its runs cannot be put together ("" where they can)."""
     own = rows_of(study, rows, entry)
     declared = sum(run.entry == entry for run in study.runs)
     seeds = str(declared) if len(own) == declared else f"{len(own)} of {declared}"
     if not own:
-        return [entry, seeds, *["not run"] * 4, "", ""], "", ""
+        return [entry, seeds, *["not run"] * 4, "", "", ""], "", ""
     before = mean_of(own, lambda row: row["summary"].get("before"), 3)
     speed = mean_of(own, lambda row: row["summary"].get("seconds_per_step"), 2)
+    known = [conditions[row["run_id"]] for row in own if row["run_id"] in conditions]
+    samples = budget_text(known) if len(known) == len(own) else "not known"
     try:
         found = entry_accuracy(study, rows, entry, folder)
     except ValueError as error:
-        return [entry, seeds, before, "refused", "", "", "", speed], "", str(error)
+        return [entry, seeds, before, "refused", "", "", "", samples, speed], "", str(error)
     assert found is not None
     cells = [f"{found.accuracy_SP.mean():.3f}", *_intervals(found), _majority(study, rows, entry, folder)]
-    return [entry, seeds, before, *cells, speed], found.metric, ""
+    return [entry, seeds, before, *cells, samples, speed], found.metric, ""
 
 
 def _intervals(found: EntryAccuracy) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from recipe.console_format import format_seconds
 from recipe.run_files import as_number
-from recipe.study_answers import rows_of
+from recipe.study_accuracy import rows_of
 from recipe.study_conditions import Conditions, budget_text, conditions
 from recipe.study_file import Study
 from recipe.study_rows import markdown_table

@@ -108,8 +108,8 @@ def test_the_page_says_what_was_found_and_how(study: Study, capsys: pytest.Captu
     runs = [unpack_items(finished("", "new", seed, 0.4), 40).mean_P for seed in range(3)]
     for text, interval in zip(entry[4:6], (over_seeds_and_items(runs), over_seeds(runs)), strict=True):
         assert text == f"[{interval.low:.3f}, {interval.high:.3f}]"
-    assert entry[6] == "0.500 [0.500, 0.500]"
-    assert cells(page, "never") == ["never", "0 of 3", *["not run"] * 4, "", ""]
+    assert entry[6] == "0.500 [0.500, 0.500]" and entry[7] == "5,120"
+    assert cells(page, "never") == ["never", "0 of 3", *["not run"] * 4, "", "", ""]
 
 
 def test_questions_are_answered_with_interval_p_values_and_the_blind_size(study: Study) -> None:
