@@ -113,7 +113,9 @@ def child_environment() -> dict[str, str]:
     """This one with the project on the path and a Ray of its own: a cluster that others use stays out of it."""
     found = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     path = os.pathsep.join(filter(None, (str(ROOT), found.get("PYTHONPATH"))))
-    return found | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # Compilers' helpers (ninja) lie beside the interpreter, which need not be the first on the caller's path.
+    programs = os.pathsep.join(filter(None, (str(Path(sys.executable).parent), found.get("PATH"))))
+    return found | {"PYTHONPATH": path, "PATH": programs, "PYTHONUNBUFFERED": "1"}
 
 
 def visible_gpus() -> int:

@@ -285,6 +285,7 @@ def test_the_children_get_a_ray_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTHONPATH", "/before")
     found = smoke.child_environment()
     assert "RAY_ADDRESS" not in found and found["PYTHONPATH"] == f"{ROOT}:/before"
+    assert found["PATH"].startswith(f"{Path(sys.executable).parent}:")
 
 
 def test_the_script_says_what_is_missing_and_hands_its_arguments_over(tmp_path: Path) -> None:
