@@ -6,10 +6,11 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -67,7 +68,7 @@ def render(report: SnrReport) -> str:
     environment = page_environment()
     sentence = report.verdict.sentence
     facts = [("Exponents", _fit_text(report))]
-    facts += [(name, str(value)) for name, value in report.settings.items() if value is not None]
+    facts += [(name, _setting_text(value)) for name, value in report.settings.items() if value is not None]
     return environment.get_template(TEMPLATE.name).render(
         style=_report_style(environment),
         verdict=sentence[:1].upper() + sentence[1:] + ".",
@@ -243,6 +244,13 @@ def _rows(report: SnrReport) -> list[tuple[str, ...]]:
 
 def _figure(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else MISSING
+
+
+def _setting_text(value: Any) -> str:
+    """A setting for people: a block as its names and values."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(f"{name} {_setting_text(part)}" for name, part in value.items() if part is not None)
 
 
 def _fit_text(report: SnrReport) -> str:
