@@ -8,7 +8,9 @@ import gc
 import io
 import os
 import pickle
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import omegaconf._utils
@@ -58,7 +60,8 @@ def _remember_merged_files() -> None:
     ``tests/unit/test_compositions.py`` compares with Hydra alone.
     """
     create, merge = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
-    lists, merged = dict[tuple[str, ...], DefaultsList](), dict[tuple[str, ...], bytes]()
+    lists, merged = dict[tuple[str, ...], DefaultsList](), dict[str, bytes]()
+    seen: set[str] = set()
 
     def sources(repo: Any) -> list[str]:
         return [f"{source.provider} {source.path}" for source in repo.get_sources()]
@@ -74,12 +77,29 @@ def _remember_merged_files() -> None:
             lists[key] = create(repo, config_name, presets, prepend_hydra, skip_missing)
         return dataclasses.replace(lists[key], config_overrides=values)
 
+    def merge_onto(self: Any, start: DictConfig, rest: list[ResultDefault], repo: Any) -> DictConfig:
+        """Hydra's own merging; the first "file" is what the files before it gave."""
+        first = object()
+
+        def load(default: Any, repo: Any) -> Any:
+            return SimpleNamespace(config=start) if default is first else self._load_single_config(default, repo)
+
+        return merge(SimpleNamespace(_load_single_config=load), [first, *rest], repo)
+
     @functools.wraps(merge)
     def remembered(self: Any, defaults: list[ResultDefault], repo: Any) -> DictConfig:
-        key = (*sources(repo), *map(repr, defaults))
-        if key not in merged:
-            merged[key] = pickle.dumps(merge(self, defaults, repo))
-        return pickle.loads(merged[key])
+        keys = list(accumulate(map(repr, defaults), lambda *parts: "\n".join(parts), initial=str(sources(repo))))
+        whole = len(defaults)
+        # As far as some earlier list had the same files, and as far as these are merged already.
+        shared = max((end for end in range(whole + 1) if keys[end] in seen), default=0)
+        done = max((end for end in range(whole + 1) if keys[end] in merged), default=0)
+        for end in (shared, whole):
+            if end > done:
+                start = pickle.loads(merged[keys[done]]) if done else OmegaConf.create()
+                merged[keys[end]] = pickle.dumps(merge_onto(self, start, defaults[done:end], repo))
+                done = end
+        seen.update(keys)
+        return pickle.loads(merged[keys[whole]])
 
     loader.create_defaults_list = defaults_list
     loader.ConfigLoaderImpl._compose_config_from_defaults_list = remembered
