@@ -25,7 +25,8 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """
     if not rows:
         raise ConfigError(f"study {study.name} has no finished run to draw; run it first")
-    metric = str(next(iter(rows.values()))["summary"]["metric"])
+    # Entries of other studies may have been asked other numbers of samples.
+    metric = ", ".join(dict.fromkeys(str(row["summary"]["metric"]).removeprefix("val/") for row in rows.values()))
     after = {
         entry: [
             value
@@ -44,7 +45,7 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
         return LEFT + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - LEFT - RIGHT)
 
     base = height - BOTTOM
-    parts = [svg_text(LEFT, 20, f"{metric.removeprefix('val/')} held out, after training", "start", 14)]
+    parts = [svg_text(LEFT, 20, f"{metric} held out, after training", "start", 14)]
     for tick in ticks:
         parts.append(svg_line(x(tick), TOP, x(tick), base, GRID, 1))
         parts.append(svg_text(x(tick), base + 18, short(tick), "middle"))

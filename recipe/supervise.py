@@ -69,7 +69,13 @@ PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 @dataclass
 class Settings:
-    """Of one supervisor; seconds."""
+    """Of one supervisor; seconds.
+
+    Attributes:
+        to_end: between SIGTERM and SIGKILL; ``to_end_lost``: of a driver without one of its nodes, which cannot finish
+            the step that it would save.
+        to_notice: that Ray may take to declare a node dead whose loss the driver died of.
+    """
 
     folder: Path
     restarts: int = 2
@@ -77,6 +83,8 @@ class Settings:
     poll: float = 1.0
     pause: float = 5.0
     to_end: float = SECONDS_TO_END
+    to_end_lost: float = 5.0
+    to_notice: float = 20.0
     to_leave: float = SECONDS_TO_LEAVE
     limits: Mapping[str, float] = field(default_factory=lambda: dict(LIMITS))
     address: str | None = None
@@ -167,6 +175,10 @@ class Supervisor:
             code = driver.poll()
             if code is not None:
                 outcome = outcome_of(code, signalled=bool(self._signals))
+                # Calls to a lost node may fail before Ray says that it is lost. Started again here, the driver would be
+                # refused for want of devices, and the job fail.
+                if outcome == "failed" and watch is not None and (gone := self._noticed(watch)) is not None:
+                    return "lost", code, f"{gone}; the driver failed of it (exit code {code})"
                 how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
                 return outcome, code, f"{outcome} ({how})"
             if (hung := overdue(progress.last, started, settings.limits, time.monotonic())) is not None:
@@ -174,8 +186,15 @@ class Supervisor:
                 return "hung", driver.end(seconds=settings.to_end), hung
             if watch is not None and (gone := watch.lost()) is not None:
                 say(f"{gone}: ending the driver")
-                return "lost", driver.end(seconds=settings.to_end), gone
+                return "lost", driver.end(seconds=settings.to_end_lost), gone
             time.sleep(settings.poll)
+
+    def _noticed(self, watch: Any) -> str | None:
+        """What was lost, where it is known within ``to_notice`` seconds or before a signal comes."""
+        deadline = time.monotonic() + self.settings.to_notice
+        while (gone := watch.lost()) is None and time.monotonic() < deadline and not self._signals:
+            time.sleep(self.settings.poll)
+        return gone
 
     def _trains(self) -> bool:
         return any(word.startswith(FOLDER_KEYS[0]) for word in self.command)

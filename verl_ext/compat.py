@@ -107,8 +107,9 @@ def end_server_with_its_engine() -> None:
         real(self)
         # The name is set where an engine ended unasked; the variables only within a verl server.
         if self.failed_proc_name and os.environ.get("VERL_RAY_JOB_ID") and os.environ.get(CLUSTER_ID):
-            codes = {name: code for name, code in self.finished_procs().items() if code}
-            print(f"[verl_ext] vLLM's engine died, its server ends: exit codes {codes}", file=sys.stderr, flush=True)
+            print(
+                f"[verl_ext] vLLM's engine died, its server ends: {self.failed_proc_name}", file=sys.stderr, flush=True
+            )
             os._exit(1)
 
     monitor_engine_liveness.ends_server = True  # type: ignore[attr-defined]

@@ -64,11 +64,16 @@ export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
 export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-3000}
 export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-3}
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+# Told to end, Ray would wait half a minute for requests that nobody makes any more; without a head always.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}
 
 mkdir -p "$LOG_DIR"
 log=$LOG_DIR/node_$NODE_RANK.log
 ended=$LOG_DIR/ended
 deadline=$((SECONDS + JOIN_TIMEOUT))
+# In the environment of Ray and of whatever it starts: no other start has the same.
+mark=PASSRATE_NODE=$NODE_RANK:$LOG_DIR
+readonly HEAD_STARTS=3 SECONDS_TO_LEAVE=5
 driver='' ray='' watcher='' signalled=0 status=0
 
 say() { printf '[node %s] %s\n' "$NODE_RANK" "$*" | tee -a "$log"; }
@@ -84,11 +89,33 @@ start_ray() {
   local arguments=("$@" --num-cpus="$CPUS_PER_NODE" --temp-dir="$TEMP_DIR" --disable-usage-stats --block) more
   ((LOGICAL_GPUS == 0)) || arguments+=(--num-gpus="$GPUS_PER_NODE")
   read -r -a more <<<"$RAY_START_ARGS"
-  ray start "${arguments[@]}" "${more[@]}" >>"$log" 2>&1 &
+  # A session of its own, by which those are found that write their title over their environment.
+  setsid env "$mark" ray start "${arguments[@]}" "${more[@]}" >>"$log" 2>&1 &
   ray=$!
 }
 
 running() { [[ -n $1 ]] && kill -0 "$1" 2>/dev/null; }
+
+left_of_ray() {
+  {
+    # Some end while they are read.
+    grep -lzxF -- "$mark" /proc/[0-9]*/environ | tr -cd '0-9\n' || true
+    { cat /proc/[0-9]*/stat || true; } | awk -v session="$ray" '{ pid = $1; sub(/.*\) /, "") } $4 == session && $1 != "Z" { print pid }'
+  } 2>/dev/null | sort -un
+}
+
+# What a raylet that was killed leaves behind lives on for half a minute or for ever, and its devices with it.
+end_what_is_left() {
+  local left waited=0
+  while mapfile -t left < <(left_of_ray) && ((${#left[@]})); do
+    if ((waited++ >= SECONDS_TO_LEAVE)); then
+      say "ended what Ray left behind: ${left[*]}"
+      kill -KILL "${left[@]}" 2>/dev/null || true
+      return
+    fi
+    sleep 1
+  done
+}
 
 # shellcheck disable=SC2317  # called by trap
 finish() {
@@ -103,6 +130,7 @@ finish() {
     while running "$ray" && ((waited++ < 30)); do sleep 1; done
     ! running "$ray" || kill -KILL "$ray" || true
   fi
+  end_what_is_left
 }
 trap finish EXIT
 trap 'exit 143' TERM INT
@@ -161,10 +189,19 @@ missing_ranks() {
   done
 }
 
+start_head() { start_ray --head --node-ip-address="$HEAD_ADDRESS" --port="$PORT" --include-dashboard=false; }
+
 await_cluster() {
-  local nodes=0 gpus=0 shown='' wanted=$((NODES * GPUS_PER_NODE)) lines
+  local nodes=0 gpus=0 shown='' wanted=$((NODES * GPUS_PER_NODE)) lines starts=1
   while :; do
-    running "$ray" || die "Ray's head did not start, or ended: the last lines of $log say why"
+    if ! running "$ray"; then
+      # Ray gives itself 30 s, which a loaded node or a slow file system may exceed once.
+      ((starts++ < HEAD_STARTS)) ||
+        die "Ray's head did not start, or ended, $HEAD_STARTS times: the last lines of $log say why"
+      say "Ray's head is not running: once more"
+      end_what_is_left
+      start_head
+    fi
     read -r nodes gpus < <({ timeout 60 ray status --address "$HEAD_ADDRESS:$PORT" 2>/dev/null || true; } | count_nodes)
     if [[ $shown != "$nodes $gpus" ]]; then
       say "Ray has $nodes of $NODES nodes and $gpus of $wanted GPUs"
@@ -195,7 +232,7 @@ run_head() {
   fi
   make_token
   say "Ray's head on $(hostname), $HEAD_ADDRESS:$PORT"
-  start_ray --head --node-ip-address="$HEAD_ADDRESS" --port="$PORT" --include-dashboard=false
+  start_head
   await_cluster
   read -r -a command <<<"$RUN_COMMAND"
   say "driver: ${command[*]} $*"
@@ -231,6 +268,7 @@ run_worker() {
     ((SECONDS < deadline)) ||
       die "$(hostname): Ray is not running here: it could not join $HEAD_ADDRESS:$PORT within $JOIN_TIMEOUT s (JOIN_TIMEOUT), or ended later"
     say "Ray is not running here: once more"
+    end_what_is_left
     sleep "$POLL_SECONDS"
   done
 }

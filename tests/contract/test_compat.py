@@ -191,12 +191,13 @@ def test_vllm_finds_our_plugin_by_its_entry_point_and_it_acts_on_a_cpu_only(monk
     monkeypatch.setattr(compat, "answer_for_vllm_version", lambda: called.append("version"))
     monkeypatch.setattr(compat, "keep_vllm_linear_weights", lambda: called.append("weights"))
     monkeypatch.setattr(compat, "requests_without_an_adapter", lambda: called.append("adapters"))
+    monkeypatch.setattr(compat, "end_server_with_its_engine", lambda: called.append("engine"))
     monkeypatch.setenv("VERL_PLATFORM", "cuda")
     vllm_plugin.register()
-    assert called == []
+    assert called == ["engine"]
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     vllm_plugin.register()
-    assert called == ["version", "weights", "adapters"]
+    assert called == ["engine", "engine", "version", "weights", "adapters"]
 
 
 # --------------------------------------------------------------------------------------- requests without an adapter
@@ -304,6 +305,113 @@ def test_both_ends_of_the_weight_transfer_name_the_socket_after_the_cluster() ->
     (sent, received), (own_sent, own_received) = (line.split() for line in done.stdout.splitlines()[-2:])
     assert sent == received == "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
     assert own_sent == own_received == "ipc:///tmp/rl-colocate-zmq-01000000-4d2.0a1b2c3d-replica-0-rank-0.sock"
+
+
+# ------------------------------------------------------------------------------------------------------ a dead engine
+
+ENGINE = """
+import os, threading
+from multiprocessing import get_context
+from verl_ext import compat
+compat.answer_for_vllm_version()
+from vllm.v1.engine.utils import CoreEngineProcManager
+for _ in range(2):
+    compat.end_server_with_its_engine()
+
+def case(stopped, job, cluster):
+    os.environ["VERL_RAY_JOB_ID"], os.environ["VERL_EXT_CLUSTER_ID"] = job, cluster
+    manager = object.__new__(CoreEngineProcManager)
+    manager.processes, manager.manager_stopped, manager.failed_proc_name = [], threading.Event(), None
+    manager.shutdown = lambda *arguments: None
+    process = get_context("fork").Process(target=threading.Event().wait, args=(600,), name="EngineCore_0")
+    process.start()
+    manager.processes.append(process)
+    if stopped:
+        manager.manager_stopped.set()
+    process.kill()
+    manager.monitor_engine_liveness()
+    os._exit(7)
+
+for name, *arguments in CASES:
+    child = os.fork()
+    if child == 0:
+        case(*arguments)
+    print("RESULT", name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_server_ends_with_an_engine_that_died_unasked() -> None:
+    cases = [
+        ("died", False, "01000000", "4d2.0a1b2c3d"),
+        ("ended_by_vllm", True, "01000000", "4d2.0a1b2c3d"),
+        ("not_verls_server", False, "", "4d2.0a1b2c3d"),
+        ("no_run_of_ours", False, "01000000", ""),
+    ]
+    done = python(f"CASES = {cases}\n" + ENGINE)
+    codes = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert codes == {"died": "1", "ended_by_vllm": "7", "not_verls_server": "7", "no_run_of_ours": "7"}, done.stderr
+    assert done.stderr.count("vLLM's engine died, its server ends: EngineCore_0") == 1
+
+
+def test_vllm_watches_its_engines_by_the_method_we_wrap_and_names_the_one_that_failed() -> None:
+    from vllm.v1.engine import core_client
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    assert "engine_manager.monitor_engine_liveness()" in inspect.getsource(core_client.MPClient)
+    assert list(inspect.signature(CoreEngineProcManager.monitor_engine_liveness).parameters) == ["self"]
+    assert "self.failed_proc_name: str | None = None" in inspect.getsource(CoreEngineProcManager.__init__)
+
+
+def test_verl_sends_weights_by_a_socket_without_a_time_limit_and_uses_what_ours_has_of_it() -> None:
+    import re
+
+    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_rollout
+
+    sender = inspect.getsource(bucketed_weight_transfer.BucketedWeightSender)
+    assert "RCVTIMEO" not in sender and "poll(" not in sender, "verl now limits the wait: ours may go"
+    assert set(re.findall(r"self\.socket\.(\w+)\(", sender)) == {"bind", "send_pyobj", "recv", "close"}
+    assert "self._init_socket()" in sender
+    # Looked up there when weights are sent, and the server's handle is where our check reads it.
+    assert "sender = BucketedWeightSender(" in inspect.getsource(vllm_rollout)
+    assert "self.server_handle = ray.get_actor(" in inspect.getsource(vllm_rollout)
+
+
+def test_the_weight_update_raises_where_the_server_s_process_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    from verl_ext import compat, watched_socket
+
+    class Pinged:
+        def remote(self) -> str:
+            return "ping"
+
+    class Rollout:
+        replica_rank = 3
+        server_handle = None
+
+    answers = [ray.exceptions.GetTimeoutError("busy"), True, ray.exceptions.RayActorError()]
+
+    def get(reference: str, timeout: float) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(BucketedWeightSender, "_init_socket", BucketedWeightSender._init_socket)
+    monkeypatch.setattr(watched_socket.WatchedSocket.__init__, "__defaults__", (0.01,))
+    monkeypatch.setattr(ray, "get", get)
+    rollout = Rollout()
+    for _ in range(2):  # a worker's second start, which must not wrap the wrapper
+        compat.watch_server_while_sending(rollout)
+    sender = BucketedWeightSender(zmq_handle="inproc://no-server")
+    sender._init_socket()
+    assert type(sender.socket._socket) is not watched_socket.WatchedSocket
+    rollout.server_handle = type("Server", (), {"__ray_ready__": Pinged()})()
+    with pytest.raises(RuntimeError, match="vLLM's server of replica 3 died"):
+        sender.socket.send_pyobj("weights")
+    assert answers == []
+    sender.socket.close()
 
 
 # ------------------------------------------------------------------------------------------------- the replay buffer

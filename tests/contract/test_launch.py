@@ -42,7 +42,17 @@ case $1 in
       rm "$FAKES/refusals_left"
       echo 'cannot connect' && exit 1
     fi
+    if [[ -e $FAKES/head_refusals_left && $2 == --head ]]; then
+      rm "$FAKES/head_refusals_left"
+      echo 'timed out during startup' && exit 1
+    fi
     [[ ! -e $FAKES/refuse ]] || { echo 'cannot connect' && exit 1; }
+    if [[ -e $FAKES/leave ]]; then
+      setsid sleep 300 &>/dev/null &
+      echo $! >>"$FAKES/ray_pids"
+      env -i /bin/sleep 300 &>/dev/null &
+      echo $! >>"$FAKES/ray_pids"
+    fi
     grep SigIgn /proc/self/status >"$FAKES/ray_ignores"
     echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH" >>"$FAKES/auth"
     echo node >"$FAKES/nodes_$$"
@@ -71,6 +81,10 @@ while [[ $1 == --* ]]; do shift; done
 [[ $1 != hostname ]] || { echo "127.0.0.1 fe80::1 10.1.2.3 10.9.9.9" && exit 0; }
 [[ $1 != ip ]] || { echo "2: ib0    inet 10.5.5.5/24 brd 10.5.5.255 scope global ib0" && exit 0; }
 while [[ $1 != bash ]]; do shift; done
+for name in HEAD_ADDRESS PORT NODES NODE_RANK LOG_DIR GPUS_PER_NODE CPUS_PER_NODE RUN_COMMAND VENV; do
+  printf '%s=%s\n' "$name" "${!name}"
+done >"$FAKES/handed_$NODE_RANK"
+printf '%s\n' "$@" >>"$FAKES/handed_$NODE_RANK"
 exec "$@"
 """
 
@@ -129,6 +143,10 @@ class Launcher:
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for pid in self.leftover():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
             process.communicate()
 
 
@@ -227,7 +245,7 @@ def test_no_status_is_no_nodes(text: str) -> None:
 
 def test_the_head_waits_for_every_node_before_the_driver_starts(launcher: Launcher) -> None:
     head = launcher.node(0, "a=b", "template='two  words'", NODES=2, RUN_COMMAND="python -m recipe.train x=y")
-    until(lambda: launcher.read("ray_calls").count("status") >= 2, "the head looks twice")
+    until(lambda: "Ray has 1 of 2 nodes" in launcher.read("log/node_0.log"), "the head sees itself")
     assert not launcher.driver()
     (launcher.folder / "nodes_other").write_text("node\n", encoding="utf-8")
     code, output = ended(head)
@@ -262,8 +280,29 @@ def test_a_head_that_does_not_start_is_not_waited_for(launcher: Launcher) -> Non
     (launcher.folder / "refuse").touch()
     started = time.monotonic()
     code, output = ended(launcher.node(0, JOIN_TIMEOUT=600))
-    assert code == 1 and "Ray's head did not start" in output and "node_0.log" in output
+    assert code == 1 and "Ray's head did not start, or ended, 3 times" in output and "node_0.log" in output
     assert time.monotonic() - started < LIMIT
+
+
+def test_a_head_that_was_too_slow_once_is_started_again(launcher: Launcher) -> None:
+    (launcher.folder / "head_refusals_left").touch()
+    code, output = ended(launcher.node(0))
+    assert code == 0 and "Ray's head is not running: once more" in output
+    assert launcher.driver() and not launcher.leftover()
+
+
+def test_what_ray_leaves_behind_is_ended_and_nothing_else(launcher: Launcher) -> None:
+    # One in a session of its own, as Ray's workers may be; one without the environment, as Ray's agents seem to be.
+    (launcher.folder / "leave").touch()
+    other = subprocess.Popen(["sleep", "300"], env={"PASSRATE_NODE": f"1:{launcher.log}", "PATH": "/usr/bin:/bin"})
+    try:
+        code, output = ended(launcher.node(0))
+        assert code == 0 and "ended what Ray left behind" in output
+        assert other.poll() is None and len(launcher.read("ray_pids").split()) == 3
+        until(lambda: not launcher.leftover(), "all of Ray has ended")
+    finally:
+        other.kill()
+        other.wait()
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, REQUEUE])
@@ -345,6 +384,20 @@ def test_a_job_runs_on_all_its_nodes_and_is_requeued_when_the_driver_says_so(lau
         assert [line for line in steps if line.startswith(options)], steps
     assert {path.name for path in (launcher.log / "0").glob("node_*.log")} == {"node_0.log", "node_1.log"}
     assert not launcher.leftover()
+
+
+def test_what_each_node_is_handed(launcher: Launcher) -> None:
+    job = launcher.job("method=grpo", "a='b  c'", RUN_COMMAND="python -m recipe.sft x=y", CPUS_PER_NODE=12)
+    assert ended(job)[0] == 0
+    overrides = ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", f"run.output_dir={launcher.folder}/out"]
+    for rank, arguments in ((0, [*overrides, "method=grpo", "a='b  c'"]), (1, [])):
+        handed = [
+            "HEAD_ADDRESS=10.0.0.1", "PORT=6400", "NODES=2", f"NODE_RANK={rank}", f"LOG_DIR={launcher.log}/0",
+            "GPUS_PER_NODE=2", "CPUS_PER_NODE=12",
+            "RUN_COMMAND=python -m recipe.supervise -- python -m recipe.sft x=y", f"VENV={launcher.folder}/venv",
+            "bash", f"{ROOT}/scripts/slurm/node.sh", *arguments,
+        ]  # fmt: skip
+        assert launcher.read(f"handed_{rank}").splitlines() == handed
 
 
 @pytest.mark.parametrize(

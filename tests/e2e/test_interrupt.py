@@ -26,7 +26,7 @@ from verl_ext.ray_nodes import NodeWatch
 pytestmark = pytest.mark.e2e
 
 TRAIN = [sys.executable, "-m", "recipe.train"]
-SUPERVISED = [sys.executable, "-m", "recipe.supervise", "--restarts", "1", "--limit", "rollout=120", "--", *TRAIN]
+SUPERVISED = [sys.executable, "-m", "recipe.supervise", "--restarts", "1", "--", *TRAIN]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, process: subprocess.Popen) -> None:
@@ -97,7 +97,7 @@ def test_a_killed_engine_a_preemption_and_ctrl_c(
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
-    # vLLM's engine dies: the run fails, or waits for it and is ended; the supervisor starts it again.
+    # vLLM's engine dies, in whatever phase of a step: the run fails at once, and the supervisor starts it again.
     process = begin([*SUPERVISED, *overrides])
     tracker = output / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_for(tracker.exists, 600, process)
@@ -106,7 +106,7 @@ def test_a_killed_engine_a_preemption_and_ctrl_c(
     engine.kill()
     wait_for((output / ATTEMPTS).exists, 300, process)
     (killed,) = read_attempts(output / ATTEMPTS)
-    assert killed.outcome in ("failed", "hung") and killed.saved >= before and killed.progress
+    assert killed.outcome == "failed" and killed.saved >= before and killed.progress
     kept = int(tracker.read_text())
     wait_for(lambda: max(steps(), default=0) > kept, 600, process)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -58,48 +59,37 @@ def _sources(folder: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return real / "sciknoweval_raw" / "Physics", real / "tooluse"
 
 
-def _shortest(path: Path, count: int) -> Path:
+def _shortest(path: Path, count: int) -> list[dict[str, Any]]:
     """The shortest prompts of a file, as they are: a byte-level model makes a token of every byte."""
-    table = pq.read_table(path)
-    lengths = [sum(len(message["content"]) for message in prompt) for prompt in table["prompt"].to_pylist()]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)[:count]
-    pq.write_table(table.take(order), path.with_name(f"short_{path.name}"))
-    return path.with_name(f"short_{path.name}")
+    rows = pq.read_table(path).to_pylist()
+    return sorted(rows, key=lambda row: sum(len(message["content"]) for message in row["prompt"]))[:count]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
-    """Both data sets through their commands, and the random model that reads bytes."""
-    folder = tmp_path_factory.mktemp("real")
-    physics, calls = _sources(folder, request)
-    assert sciknoweval.run(["--out", str(folder / "sci"), "--source", str(physics), "--domain", "physics"]) == 0
-    assert tooluse.run(["--out", str(folder / "tools"), "--source", str(calls)]) == 0
-    write_model(folder / "model", positions=16384)
-    return {
-        "model": folder / "model",
-        "sciknoweval_physics": _shortest(folder / "sci" / "train.parquet", 4),
-        "tooluse": _shortest(folder / "tools" / "test.parquet", 4),
-    }
-
-
-@pytest.mark.parametrize("name", ["sciknoweval_physics", "tooluse"])
 def test_real_prompts_reach_the_model_and_every_response_is_judged(
-    name: str, prepared: dict[str, Path], runs: Any, records: Any
+    tmp_path: Path, request: pytest.FixtureRequest, runs: Any, records: Any
 ) -> None:
+    physics, calls = _sources(tmp_path, request)
+    assert sciknoweval.run(["--out", str(tmp_path / "sci"), "--source", str(physics), "--domain", "physics"]) == 0
+    assert tooluse.run(["--out", str(tmp_path / "tools"), "--source", str(calls)]) == 0
+    rows = _shortest(tmp_path / "sci" / "train.parquet", 4) + _shortest(tmp_path / "tools" / "test.parquet", 4)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
+    write_model(tmp_path / "model", positions=16384)
+    # A random model that reads bytes; both kinds of questions in one batch, each judged by its own verifier.
     _, output = runs(
-        f"real_{name}",
-        f"data={name}",
+        "real_prompts",
+        "data=tooluse",
         "method=sdpo",
         # No right answer is to be expected of noise: the verifier's words on the attempt are the teacher's context.
         "context=sibling_feedback",
-        f"actor_rollout_ref.model.path={prepared['model']}",
-        f"data.train_files={prepared[name]}",
-        f"data.val_files={prepared[name]}",
-        "data.train_batch_size=4",
+        f"verifier.function={Path(__file__).with_name('verifier_by_source.py')}:compute_score",
+        f"actor_rollout_ref.model.path={tmp_path / 'model'}",
+        f"data.train_files={tmp_path / 'both.parquet'}",
+        f"data.val_files={tmp_path / 'both.parquet'}",
+        "data.train_batch_size=8",
         "data.max_prompt_length=7000",
         "data.max_response_length=48",
         "distill.context.max_length=8000",
-        "distill.samples.per_step=8",
+        "distill.samples.per_step=16",
         "actor_rollout_ref.rollout.n=2",
         "actor_rollout_ref.rollout.max_model_len=16384",
         "actor_rollout_ref.rollout.max_num_batched_tokens=16384",
@@ -108,11 +98,11 @@ def test_real_prompts_reach_the_model_and_every_response_is_judged(
         replay=False,
     )
     record = records(output)[0]
-    # All four questions with both rollouts came back, were judged, and were given to the teacher with their feedback.
-    assert (record["rollout/groups"], record["rollout/groups_short"], record["rollout/groups_lost"]) == (4, 0, 0)
+    # All eight questions with both rollouts came back, were judged, and were given to the teacher with their feedback.
+    assert (record["rollout/groups"], record["rollout/groups_short"], record["rollout/groups_lost"]) == (8, 0, 0)
     assert (record["verifier/errors"], record["verifier/timeouts"]) == (0, 0)
-    rows = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
-    assert len(rows) == 8
-    asked = {row["prompt"][-1]["content"] for row in pq.read_table(prepared[name]).to_pylist()}
-    assert {row["prompt"] for row in rows} == asked
+    shown = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
+    assert len(shown) == 16
+    assert {row["prompt"] for row in shown} == {row["prompt"][-1]["content"] for row in rows}
+    assert all(row["teacher_context"] for row in shown)
     assert record["distill/loss"] > 0 and record["actor/grad_norm"] > 0

@@ -1,4 +1,4 @@
-"""The sampler on the real stack: verl's standalone rollout servers, then an evaluation that tops the same store up."""
+"""The sampler on the real stack: an exported checkpoint on verl's rollout servers, then an evaluation that tops up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ray
 
 from recipe import compare_evaluations, evaluate
 from recipe.evaluation_items import read_items
+from recipe.export import export
 from recipe.sample import compose, main
 from recipe.sample_data import read_questions
 from verl_ext.sample_store import read_store
@@ -30,11 +31,12 @@ def call(
 
 
 def test_samples_are_drawn_verified_topped_up_and_evaluated(
-    cluster: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: None, data: Path, recorded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "store"
     asked = ["model=tiny", "data=tiny_world", "hardware=cpu", f"data.val_files={data / 'test.parquet'}"]
-    asked += [f"sample.out={out}"]
+    export(recorded[1], tmp_path / "student")
+    asked += [f"sample.out={out}", f"sample.checkpoint={tmp_path / 'student'}"]
     free = ray.available_resources()
     first = call(capsys, main, *asked, "sample.limit=4", "sample.k=2")
     settings, before = read_store(out)
@@ -55,6 +57,7 @@ def test_samples_are_drawn_verified_topped_up_and_evaluated(
     assert {item.item: sum(item.verdicts) / 4 for item in items} == {q: sum(v) / 4 for q, v in by_question.items()}
     written = json.loads((out / "evaluation.json").read_text())
     assert written["settings"] == settings and written["versions"]["vllm"]
+    assert settings["model"]["path"] == str(tmp_path / "student")
     compared = call(capsys, compare_evaluations.main, out, out)
     assert (compared["value"], compared["n_items"], compared["verdict"]) == (0, 10, "no")
     # Real weights and not vLLM's dummy ones: the warm-started model answers in the tiny world's format.

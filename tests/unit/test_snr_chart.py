@@ -117,6 +117,13 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_the_caller_says
     assert report.verdict.sentence[1:] in page.text and str(report.fit) in page.text
 
 
+def test_blocks_of_settings_are_shown_as_names_and_values() -> None:
+    about = {"model": {"path": "models/tiny", "revision": None}, "samples": 8, "store": None}
+    page = _Page(render(report_of([5, 9, 9, 5], about=about)))
+    assert "path models/tiny" in page.text and "{'path'" not in page.text
+    assert "revision" not in page.text and "store" not in page.text
+
+
 def test_the_files_are_written_whole_and_can_be_read_back(tmp_path: Path) -> None:
     report = report_of([40, 3, 60, 50, 0])
     folder = tmp_path / "new" / "snr"

@@ -143,22 +143,71 @@ def test_signals_are_passed_on_and_75_comes_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_lost_node_ends_the_driver_and_asks_for_a_requeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Watch:
-        """Loses a node once the driver is there."""
+class Watch:
+    """Loses a node when it is told to, or never."""
 
-        ended = False
+    def __init__(self, when: Callable[[], bool]) -> None:
+        self.when, self.ended = when, False
 
-        def lost(self) -> str | None:
-            return "1 of 2 nodes lost: 10.0.0.2 abc" if (tmp_path / "ready").exists() else None
+    def lost(self) -> str | None:
+        return "1 of 2 nodes lost: 10.0.0.2 abc" if self.when() else None
 
-        def end(self) -> None:
-            self.ended = True
+    def end(self) -> None:
+        self.ended = True
 
-    watch = Watch()
-    monkeypatch.setattr("verl_ext.ray_nodes.NodeWatch.of", lambda address: watch)
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], bool]], Watch]:
+    def make(when: Callable[[], bool]) -> Watch:
+        watch = Watch(when)
+        monkeypatch.setattr("verl_ext.ray_nodes.NodeWatch.of", lambda address: watch)
+        return watch
+
+    return make
+
+
+def test_a_lost_node_ends_the_driver_and_asks_for_a_requeue(tmp_path: Path, watching: Callable[..., Watch]) -> None:
+    watch = watching((tmp_path / "ready").exists)
     assert supervisor(tmp_path, "signal", restarts=5, address="10.0.0.1:6379").run() == 75
     assert outcomes(tmp_path) == ["lost"] and watch.ended
+
+
+def test_a_driver_without_a_node_is_not_waited_for_as_long_as_one_that_can_save(
+    tmp_path: Path, watching: Callable[..., Watch]
+) -> None:
+    watching((tmp_path / "ready").exists)
+    told = supervisor(tmp_path, "deaf", restarts=0, address="10.0.0.1:6379", to_end=3600.0, to_end_lost=0.1)
+    thread = when((tmp_path / "starts.jsonl").exists, (tmp_path / "ready").touch)
+    assert told.run() == 75
+    thread.join()
+    line = json.loads((tmp_path / ATTEMPTS).read_text())
+    assert (line["outcome"], line["code"]) == ("lost", -signal.SIGKILL)
+
+
+def test_a_driver_that_fails_before_ray_tells_of_the_lost_node_is_not_started_in_the_rest_of_the_cluster(
+    tmp_path: Path, watching: Callable[..., Watch]
+) -> None:
+    looks: list[None] = []
+
+    def ended() -> bool:
+        """At the fourth look after the driver's end."""
+        if (tmp_path / "starts.jsonl").exists() and not [
+            child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())
+        ]:
+            looks.append(None)
+        return len(looks) > 3
+
+    watching(ended)
+    assert supervisor(tmp_path, "1", restarts=5, address="10.0.0.1:6379").run() == 75
+    line = json.loads((tmp_path / ATTEMPTS).read_text())
+    assert line["outcome"] == "lost" and line["code"] == 1 and "1 of 2 nodes lost" in line["reason"]
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_failure_with_all_nodes_there_is_started_again(tmp_path: Path, watching: Callable[..., Watch]) -> None:
+    watching(lambda: False)
+    assert supervisor(tmp_path, "1", "0", address="10.0.0.1:6379", to_notice=0.1).run() == 0
+    assert outcomes(tmp_path) == ["failed", "done"]
 
 
 def test_a_driver_does_not_outlive_its_supervisor(tmp_path: Path) -> None:

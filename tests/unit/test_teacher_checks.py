@@ -35,7 +35,7 @@ def test_equal_engines_pass_and_are_recorded(answer):
     }
 
 
-@pytest.mark.parametrize("mean", [0.01, float("nan")])
+@pytest.mark.parametrize("mean", [0.01, -0.01, float("nan")])
 def test_differing_engines_are_refused_with_the_key_to_look_at(answer, mean):
     answer(mean=torch.tensor([0.0, mean, 0.0, 0.0]), largest=torch.tensor([0.0, 0.5, 0.0, 0.0]))
     with pytest.raises(RuntimeError, match="distill.teacher.self_check_tolerance=0.001"):
