@@ -1,4 +1,4 @@
-"""node.sh and train.sbatch, with executables in place of Ray, Slurm and the trainer.
+"""node.sh and train.sbatch, with executables in place of Ray, Slurm and the trainer, and with shorter seconds.
 
 They show what the scripts do; `count_nodes` alone meets what the real Ray writes.
 """
@@ -93,6 +93,12 @@ printf '%s\n' "$*" >>"$FAKES/scontrol_calls"
 if [[ $1 == show ]]; then printf 'no-such-node-a\nno-such-node-b\n'; fi
 """
 
+# The scripts look once a second whether something has ended. Four times in a second here.
+SLEEP = r"""#!/usr/bin/env bash
+[[ $1 != 1 ]] || set -- 0.25
+exec /bin/sleep "$@"
+"""
+
 
 class Launcher:
     """Starts scripts among the fakes and ends whatever they leave."""
@@ -101,7 +107,7 @@ class Launcher:
         self.folder, self.log = folder, folder / "log"
         self.processes: list[subprocess.Popen[str]] = []
         (folder / "venv" / "bin").mkdir(parents=True)
-        for name, text in (("ray", RAY), ("python", DRIVER), ("srun", SRUN), ("scontrol", SCONTROL)):
+        for name, text in (("ray", RAY), ("python", DRIVER), ("srun", SRUN), ("scontrol", SCONTROL), ("sleep", SLEEP)):
             path = folder / "venv" / "bin" / name
             path.write_text(text, encoding="utf-8")
             path.chmod(0o755)
