@@ -107,13 +107,13 @@ def device_memory(config: DictConfig) -> tuple[int, str]:
     if config.run.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total // config.trainer.n_gpus_per_node, "this host's memory"
-    sizes = gpu_sizes()
+    sizes = gpu_memory()
     return (min(sizes), "this machine's GPU") if sizes else (int(DEVICE_GIB * GIB), "an 80 GB GPU, assumed")
 
 
-def gpu_sizes() -> list[int]:
-    """Bytes of every NVIDIA GPU of this machine, without touching one; empty where there is no driver."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def gpu_memory(field: str = "memory.total") -> list[int]:
+    """Bytes of every NVIDIA GPU of this machine (or ``memory.used``), without touching one; empty without a driver."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

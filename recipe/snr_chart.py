@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from markupsafe import Markup
 from torch import Tensor
@@ -21,7 +20,6 @@ from recipe.console_format import MISSING
 from recipe.paced_theory import optimal_weight
 from recipe.pages import page_environment
 from recipe.report import SCRIPT
-from recipe.report import TEMPLATE as REPORT_TEMPLATE
 from recipe.report_charts import WIDE, Chart, nice_ticks, short
 from recipe.snr_statistics import EXACT, SnrBin, SnrReport
 from verl_ext.atomic import write_atomically
@@ -70,7 +68,6 @@ def render(report: SnrReport) -> str:
     facts = [("Exponents", _fit_text(report))]
     facts += [(name, _setting_text(value)) for name, value in report.settings.items() if value is not None]
     return environment.get_template(TEMPLATE.name).render(
-        style=_report_style(environment),
         verdict=sentence[:1].upper() + sentence[1:] + ".",
         facts=facts,
         chart=snr_chart(report),
@@ -255,10 +252,3 @@ def _setting_text(value: Any) -> str:
 
 def _fit_text(report: SnrReport) -> str:
     return f"none, {report.no_fit}" if report.fit is None else str(report.fit)
-
-
-def _report_style(environment: jinja2.Environment) -> Markup:
-    """The style sheet of the training report, so that the two pages look alike."""
-    source = REPORT_TEMPLATE.read_text(encoding="utf-8")
-    style = source.split("<style>", 1)[1].split("</style>", 1)[0]
-    return Markup(environment.from_string(style).render())

@@ -20,8 +20,11 @@ from recipe.console_format import format_seconds
 from recipe.environment import commit, machine, versions
 from recipe.output_folder import unused_folder
 from recipe.study_chart import study_svg
-from recipe.study_file import KEYS, QUESTION_KEYS, Study, StudyRun, read_study
+from recipe.study_conditions import row_settings
+from recipe.study_file import KEYS, Study, StudyRun, read_study
+from recipe.study_index import index_text
 from recipe.study_page import write_page
+from recipe.study_question import QUESTION_KEYS
 from recipe.study_rows import (
     cost_lines,
     expected_seconds,
@@ -60,7 +63,7 @@ class Outcome:
 def configurations(study: Study, outputs: Path, *, quiet: bool = False) -> dict[str, DictConfig]:
     """Every run's checked configuration, by run id. Raises ConfigError naming the run: nothing has been started yet."""
     configs: dict[str, DictConfig] = {}
-    for run in study.runs:
+    for run in study.own_runs:
         overrides = [*run.overrides, f"run.seed={run.seed}"] + (["run.quiet=true"] if quiet else [])
         try:
             config = compose_config(overrides)
@@ -82,27 +85,30 @@ def run_study(
     run_one: Run,
     *,
     where: Mapping[str, Any] | None = None,
+    settings: Callable[[DictConfig], Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Runs what has no row yet, one run after the other; ``run_one`` trains by a configuration.
 
-    A KeyboardInterrupt ends the study; rows of finished runs stay.
+    Rows of other studies are not made here. A row keeps what ``settings`` says of its configuration. A
+    KeyboardInterrupt ends the study; rows of finished runs stay.
     """
     outcome = Outcome()
     rows = read_rows(results, study)
-    for run in study.runs:
+    for run in study.own_runs:
         if run.run_id in rows:
             outcome.skipped.append(run.run_id)
             continue
-        left = [one for one in study.runs if one.run_id not in rows and one.run_id not in _failed_ids(outcome)]
+        left = [one for one in study.own_runs if one.run_id not in rows and one.run_id not in _failed_ids(outcome)]
         say(f"run {run.run_id} ({len(left)} left{_time_left(left, rows)})")
         config = configs[run.run_id]
         folder = Path(config.run.output_dir)
         started = time.perf_counter()
         try:
+            kept = settings(config) if settings else None
             summary = run_one(config)
             seconds = time.perf_counter() - started
-            row = keep_run(row_path(results, study, run), run, summary, folder, seconds, where or {})
+            row = keep_run(row_path(results, study, run), run, summary, folder, seconds, where or {}, kept)
         except Exception as error:
             outcome.failed.append((run.run_id, folder / "run.log", _in_one_line(error)))
             say(f"run {run.run_id} failed after {format_seconds(time.perf_counter() - started)}; going on")
@@ -149,7 +155,7 @@ def _run_all(study: Study, configs: Mapping[str, DictConfig], results: Path) -> 
     prepare_environment(next(iter(configs.values())).run.platform)
     where = {"versions": versions(), "machine": machine(), "commit": commit(ROOT)}
     with cluster(configs):
-        return run_study(study, configs, results, train.run, where=where)
+        return run_study(study, configs, results, train.run, where=where, settings=row_settings)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,11 +166,19 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("file", type=Path, metavar="FILE", help="the study, a YAML file such as conf/study/methods.yaml")
+    made.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="the study, a YAML file such as conf/study/methods.yaml"
+    )
     made.add_argument("--dry-run", action="store_true", help="print the grid and its cost, run nothing")
     made.add_argument("--table", action="store_true", help="print a markdown table of the rows there are, run nothing")
     made.add_argument("--plot", type=Path, metavar="SVG", help="draw the rows there are into this file, run nothing")
     made.add_argument("--page", type=Path, metavar="MD", help="write the results page with its pictures, run nothing")
+    made.add_argument(
+        "--index",
+        type=Path,
+        metavar="MD",
+        help="write the list of all studies beside FILE or in conf/study, run nothing",
+    )
     made.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the rows")
     made.add_argument("--outputs", type=Path, default=Path("outputs") / "study", help="folder of the runs' own files")
     made.add_argument("--quiet", action="store_true", help="no line per step")
@@ -173,9 +187,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 1 where a run failed, 2 where the study cannot be run at all."""
-    options = parser().parse_args(arguments)
+    asked = parser()
+    options = asked.parse_args(arguments)
+    if options.file is None and options.index is None:
+        asked.error("the following arguments are required: FILE (or --index MD)")
     started = time.perf_counter()
     try:
+        if options.index is not None:
+            folder = ROOT / "conf" / "study" if options.file is None else options.file.parent
+            write_atomically(options.index, index_text(folder, options.results, options.index))
+            print(json.dumps({"written": [str(options.index)]}))
+            return 0
         study = read_study(options.file)
         rows = read_rows(options.results, study)
         if options.table:
@@ -185,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_atomically(options.plot, study_svg(study, rows))
             return 0
         if options.page is not None:
+            if old := sum("settings" not in row for row in rows.values()):
+                print(f"composing the command lines of {old} rows that do not hold their settings", file=sys.stderr)
             written = write_page(study, rows, options.file, options.results, options.page)
             print(json.dumps({"study": study.name, "rows": len(rows), "written": [str(path) for path in written]}))
             return 0
@@ -192,8 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(cost_lines(study, rows)), flush=True)
         if options.dry_run:
             return 0
-        missing = len(rows) < len(study.runs)
-        outcome = _run_all(study, configs, options.results) if missing else Outcome(skipped=list(rows))
+        missing = any(run.run_id not in rows for run in study.own_runs)
+        nothing_to_do = Outcome(skipped=[run.run_id for run in study.own_runs])
+        outcome = _run_all(study, configs, options.results) if missing else nothing_to_do
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -206,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"failed: {run_id}: {error}; log: {log}", file=sys.stderr)
     summary = {
         "study": study.name,
-        "runs": len(study.runs),
+        "runs": len(study.own_runs),
         "done": len(outcome.done),
         "skipped": len(outcome.skipped),
         "failed": len(outcome.failed),

@@ -25,7 +25,8 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """
     if not rows:
         raise ConfigError(f"study {study.name} has no finished run to draw; run it first")
-    metric = str(next(iter(rows.values()))["summary"]["metric"])
+    # Entries of other studies may have been asked other numbers of samples.
+    metric = ", ".join(dict.fromkeys(str(row["summary"]["metric"]).removeprefix("val/") for row in rows.values()))
     after = {
         entry: [
             value
@@ -44,7 +45,7 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
         return LEFT + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - LEFT - RIGHT)
 
     base = height - BOTTOM
-    parts = [svg_text(LEFT, 20, f"{metric.removeprefix('val/')} held out, after training", "start", 14)]
+    parts = [svg_text(LEFT, 20, f"{metric} held out, after training", "start", 14)]
     for tick in ticks:
         parts.append(svg_line(x(tick), TOP, x(tick), base, GRID, 1))
         parts.append(svg_text(x(tick), base + 18, short(tick), "middle"))
@@ -55,6 +56,8 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     for number, (entry, values) in enumerate(after.items()):
         y = TOP + ROW * (number + 0.5)
         parts.append(svg_text(LEFT - 12, y + 4, entry, "end"))
+        if not values:
+            parts.append(svg_text(LEFT + 8, y + 4, "not run", "start", 11))
         for value in values:
             parts.append(f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5" fill="{DOT}" fill-opacity="0.6"/>')
         if values:

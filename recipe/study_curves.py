@@ -12,7 +12,7 @@ from typing import Any
 
 from recipe.report_charts import nice_ticks, short
 from recipe.run_files import as_number
-from recipe.study_answers import rows_of
+from recipe.study_accuracy import rows_of
 from recipe.study_file import Study
 from recipe.svg_parts import BEFORE, DOT, GRID, MEAN, svg_line, svg_page, svg_text
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
+import gc
 import io
 import os
+import pickle
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import omegaconf._utils
+import omegaconf.base
+import omegaconf.grammar_parser
 import pytest
 import torch
+from hydra._internal import config_loader_impl as loader
+from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 import recipe.compose
@@ -26,17 +38,71 @@ def _remember_parsed_yaml() -> None:
     Hydra reads fifty YAML files for every configuration that a test composes, and parsing takes half of that time. What
     comes out depends on the text alone; a changed file is another text, and every caller gets objects of its own.
     """
-    load, parsed = OmegaConf.load, dict[str, Any]()
+    load, parsed = OmegaConf.load, dict[str, bytes]()
 
+    @functools.wraps(load)
     def remembered(file: Any) -> Any:
         if not hasattr(file, "read"):
             return load(file)
         text = file.read()
         if text not in parsed:
-            parsed[text] = OmegaConf.to_container(load(io.StringIO(text)))
-        return OmegaConf.create(parsed[text])
+            parsed[text] = pickle.dumps(load(io.StringIO(text)))
+        return pickle.loads(parsed[text])
 
     OmegaConf.load = staticmethod(remembered)
+
+
+def _remember_merged_files() -> None:
+    """The files of each choice of presets are merged once in a process.
+
+    Which files Hydra merges depends on the overrides that choose presets and on the search path, and merging them takes
+    nine tenths of a composition. All values of the command line are put in afterwards, by Hydra, each time.
+    ``tests/unit/test_compositions.py`` compares with Hydra alone.
+    """
+    create, merge = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
+    lists, merged = dict[tuple[str, ...], DefaultsList](), dict[str, bytes]()
+    seen: set[str] = set()
+
+    def sources(repo: Any) -> list[str]:
+        return [f"{source.provider} {source.path}" for source in repo.get_sources()]
+
+    @functools.wraps(create)
+    def defaults_list(
+        repo: Any, config_name: str | None, overrides_list: list[Override], prepend_hydra: bool, skip_missing: bool
+    ) -> DefaultsList:
+        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
+        presets = [one for one in overrides_list if not any(one is value for value in values)]
+        key = (*sources(repo), str((config_name, prepend_hydra, skip_missing)), *map(str, presets))
+        if key not in lists:
+            lists[key] = create(repo, config_name, presets, prepend_hydra, skip_missing)
+        return dataclasses.replace(lists[key], config_overrides=values)
+
+    def merge_onto(self: Any, start: DictConfig, rest: list[ResultDefault], repo: Any) -> DictConfig:
+        """Hydra's own merging; the first "file" is what the files before it gave."""
+        first = object()
+
+        def load(default: Any, repo: Any) -> Any:
+            return SimpleNamespace(config=start) if default is first else self._load_single_config(default, repo)
+
+        return merge(SimpleNamespace(_load_single_config=load), [first, *rest], repo)
+
+    @functools.wraps(merge)
+    def remembered(self: Any, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        keys = list(accumulate(map(repr, defaults), lambda *parts: "\n".join(parts), initial=str(sources(repo))))
+        whole = len(defaults)
+        # As far as some earlier list had the same files, and as far as these are merged already.
+        shared = max((end for end in range(whole + 1) if keys[end] in seen), default=0)
+        done = max((end for end in range(whole + 1) if keys[end] in merged), default=0)
+        for end in (shared, whole):
+            if end > done:
+                start = pickle.loads(merged[keys[done]]) if done else OmegaConf.create()
+                merged[keys[end]] = pickle.dumps(merge_onto(self, start, defaults[done:end], repo))
+                done = end
+        seen.update(keys)
+        return pickle.loads(merged[keys[whole]])
+
+    loader.create_defaults_list = defaults_list
+    loader.ConfigLoaderImpl._compose_config_from_defaults_list = remembered
 
 
 def _remember_compositions() -> None:
@@ -45,19 +111,34 @@ def _remember_compositions() -> None:
     Hydra's result depends on the overrides and on the files of ``conf`` and of verl, which no test changes. Everything
     after it (checks, routing, resolving) runs again, on a copy.
     """
-    compose, composed = recipe.compose.compose, dict[tuple[str, ...], DictConfig]()
+    compose, composed = recipe.compose.compose, dict[tuple[str, ...], bytes]()
 
+    @functools.wraps(compose)
     def remembered(config_name: str, overrides: list[str]) -> DictConfig:
         key = (str(recipe.compose.CONF), config_name, *overrides)
         if key not in composed:
-            composed[key] = compose(config_name=config_name, overrides=overrides)
-        return copy.deepcopy(composed[key])
+            composed[key] = pickle.dumps(compose(config_name=config_name, overrides=overrides))
+        return pickle.loads(composed[key])
 
     recipe.compose.compose = remembered
 
 
+def _remember_parsed_interpolations() -> None:
+    """The same ``${...}`` stand in every configuration, and parsing one takes longer than looking its value up."""
+    parse = functools.cache(omegaconf.grammar_parser.parse)
+    omegaconf.base.parse = omegaconf._utils.parse = parse
+
+
 _remember_parsed_yaml()
+_remember_parsed_interpolations()
+_remember_merged_files()
 _remember_compositions()
+
+
+def pytest_collection_finish() -> None:
+    """The imported modules are half a million objects; the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """One rank of the runs that test_adapter_ranks.py compares: LoRA through the real engines, without Ray.
 
-``python adapter_program.py OUT`` with torch.distributed's variables in the environment; rank 0 writes OUT.
+``python adapter_program.py WORLDS`` forks the ranks (forked_ranks.py); rank 0 of each world writes the world's file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ prepare_environment("cpu")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from forked_ranks import become_a_rank  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 
@@ -57,8 +59,8 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def run(overrides: list[str]) -> dict[str, Any]:
-    worker = StandaloneWorker(compose_config([*LORA, *overrides]))
+def run(config: DictConfig) -> dict[str, Any]:
+    worker = StandaloneWorker(config)
     worker.init_model()
     data = batch()
 
@@ -100,10 +102,12 @@ def run(overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    configs = {name: compose_config([*LORA, *overrides]) for name, overrides in INPUTS.items()}
+    out = Path(become_a_rank(Path(sys.argv[1])))
     torch.set_num_threads(1)
-    results = {name: run(overrides) for name, overrides in INPUTS.items()}
+    results = {name: run(config) for name, config in configs.items()}
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        out.write_text(json.dumps(results))
     dist.barrier()
 
 

@@ -1,7 +1,8 @@
 """One rank of the runs that test_ranks.py compares: real engines, many cases in one process.
 
-``python ranks_program.py PLAN`` with torch.distributed's variables in the environment. PLAN is a JSON file; rank 0
-writes one file per case beside it. Nothing is caught: a case that fails ends the process, and the parent the others.
+``python ranks_program.py WORLDS`` forks the ranks (forked_ranks.py). Each reads the plan of its world, a JSON file;
+rank 0 writes one file per case beside it. Nothing is caught: a case that fails ends the process, and the parent the
+others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ prepare_environment("cpu")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from forked_ranks import become_a_rank  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
@@ -188,14 +190,14 @@ def run_case(rank: Rank, case: dict[str, Any], rows: list[dict[str, Any]]) -> di
 
 
 def main() -> None:
-    plan_file = Path(sys.argv[1])
-    plan = json.loads(plan_file.read_text())
-    faulthandler.dump_traceback_later(plan["timeout"], exit=True)
-    torch.set_num_threads(1)
     # verl collects garbage in every build; what the imports made need not be looked through each time.
     _of_method("method=sdpo")
     gc.collect()
     gc.freeze()
+    plan_file = Path(become_a_rank(Path(sys.argv[1])))
+    plan = json.loads(plan_file.read_text())
+    faulthandler.dump_traceback_later(plan["timeout"], exit=True)
+    torch.set_num_threads(1)
     rank, built, started = None, None, time.monotonic()
     for number, case in enumerate(plan["cases"]):
         print(f"case {case['name']} ({time.monotonic() - started:.1f} s, CPU {time.process_time():.1f} s)", flush=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +13,22 @@ import pytest
 pytestmark = pytest.mark.contract
 
 PROGRAM = Path(__file__).with_name("adapter_program.py")
+# Not in a package: pytest imports test modules one by one.
+_spec = importlib.util.spec_from_file_location("forked_ranks", PROGRAM.with_name("forked_ranks.py"))
+forked_ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(forked_ranks)
 INPUTS = ["logits", "hidden_states"]
-
-
-def run(folder: Path, world: int) -> dict[str, Any]:
-    """What rank 0 of ``world`` ranks wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = folder / f"world_{world}.json"
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VERL_", "RAY_"))}
-    inherited |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROGRAM.parents[2]), "WORLD_SIZE": str(world),
-                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    logs = [folder / f"world_{world}_rank_{rank}.log" for rank in range(world)]
-    ranks = []
-    try:
-        for rank, log in enumerate(logs):
-            with open(log, "wb") as file:
-                environment = inherited | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, str(PROGRAM), str(out)]
-                ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-        for rank, log in zip(ranks, logs, strict=True):
-            assert rank.wait(timeout=300) == 0, log.read_text()[-3000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What rank 0 of one rank and of two wrote."""
     folder = tmp_path_factory.mktemp("adapter")
-    return {world: run(folder, world) for world in (1, 2)}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VERL_", "RAY_"))}
+    inherited |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROGRAM.parents[2])}
+    worlds = [[forked_ranks.World(size, str(folder / f"world_{size}.json"))] for size in (1, 2)]
+    forked_ranks.run_ranks(PROGRAM, folder, worlds, inherited, timeout=600)
+    return {size: json.loads((folder / f"world_{size}.json").read_text()) for size in (1, 2)}
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

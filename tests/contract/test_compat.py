@@ -121,13 +121,22 @@ JOIN = (
 )
 
 
-def test_torch_refuses_the_backend_that_verl_asks_for_on_a_cpu() -> None:
-    assert python(JOIN).stdout.startswith("refused")
+@pytest.fixture(scope="module")
+def joining() -> list[str]:
+    """Without us and with us, the first and the last line of one process: importing torch takes longer than joining."""
+    ours = "from verl_ext import compat; compat.gloo_process_groups(); compat.gloo_process_groups()\n"
+    done = python(JOIN + ours + JOIN)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return [lines[0], lines[-1]]
 
 
-def test_our_process_group_takes_it_and_communicates() -> None:
-    done = python("from verl_ext import compat; compat.gloo_process_groups(); compat.gloo_process_groups()\n" + JOIN)
-    assert done.stdout.strip() == "joined 1.0", done.stderr
+def test_torch_refuses_the_backend_that_verl_asks_for_on_a_cpu(joining: list[str]) -> None:
+    assert joining[0].startswith("refused")
+
+
+def test_our_process_group_takes_it_and_communicates(joining: list[str]) -> None:
+    assert joining[1] == "joined 1.0"
 
 
 def test_verl_still_joins_the_two_backends_and_looks_the_function_up_when_it_calls_it() -> None:
@@ -156,51 +165,9 @@ def dispatched():
 
 without = dispatched() if CPU_BUILD else (0, True)
 compat.keep_vllm_linear_weights()
-print("RESULT", *without, *dispatched())
+print("LINEAR", *without, *dispatched())
 """
 
-
-def test_vllm_dispatches_linear_layers_through_the_function_we_replace_looked_up_when_it_is_called() -> None:
-    import vllm.model_executor.layers.linear as linear
-    from vllm.model_executor.layers import utils
-
-    parameters = inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
-    assert list(parameters) == ["layer", "remove_weight"]
-    source = inspect.getsource(linear)
-    assert "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm" in source
-    assert not hasattr(linear, "dispatch_cpu_unquantized_gemm"), "a name bound at import would not see ours"
-
-
-def test_a_linear_layer_loses_its_weight_without_us_and_keeps_it_with_us_and_computes_the_same() -> None:
-    done = python(f"CPU_BUILD = {cpu_build()}\n" + LINEAR)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr
-    without, _, kept, same = lines[-1].split()[1:]
-    assert without == "0", "vLLM now keeps the weight by itself: the replacement may go"
-    assert (kept, same) == (str(64 * 32), "True")
-
-
-def test_vllm_finds_our_plugin_by_its_entry_point_and_it_acts_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import entry_points
-
-    from verl_ext import compat, vllm_plugin
-
-    found = [point.value for point in entry_points(group="vllm.general_plugins")]
-    assert "verl_ext.vllm_plugin:register" in found
-    called: list[str] = []
-    monkeypatch.setattr(compat, "answer_for_vllm_version", lambda: called.append("version"))
-    monkeypatch.setattr(compat, "keep_vllm_linear_weights", lambda: called.append("weights"))
-    monkeypatch.setattr(compat, "requests_without_an_adapter", lambda: called.append("adapters"))
-    monkeypatch.setattr(compat, "end_server_with_its_engine", lambda: called.append("engine"))
-    monkeypatch.setenv("VERL_PLATFORM", "cuda")
-    vllm_plugin.register()
-    assert called == ["engine"]
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    vllm_plugin.register()
-    assert called == ["engine", "engine", "version", "weights", "adapters"]
-
-
-# --------------------------------------------------------------------------------------- requests without an adapter
 
 ADAPTERS = """
 import torch
@@ -231,15 +198,67 @@ mixed = (1, 0, 0, 1)
 without = right((1, 1, 1, 1)), right(mixed)
 compat.requests_without_an_adapter()
 compat.requests_without_an_adapter()
-print("RESULT", *without, right((1, 1, 1, 1)), right(mixed), right((0, 0, 0, 0)))
+print("ADAPTERS", *without, right((1, 1, 1, 1)), right(mixed), right((0, 0, 0, 0)))
 """
 
 
-def test_a_request_without_an_adapter_gets_the_last_one_without_us_and_none_with_us() -> None:
-    done = python(ADAPTERS)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stderr
-    adapter, mixed, *ours = lines[-1].split()[1:]
+@pytest.fixture(scope="module")
+def vllm_says() -> dict[str, list[str]]:
+    """What the two programs print: in one process, for importing vLLM takes most of the time. Neither meets the other's
+    replacement: they are of different modules.
+    """
+    done = python(f"CPU_BUILD = {cpu_build()}\n{LINEAR}\n{ADAPTERS}")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {words[0]: words[1:] for words in lines if words and words[0] in ("LINEAR", "ADAPTERS")}
+
+
+def test_vllm_dispatches_linear_layers_through_the_function_we_replace_looked_up_when_it_is_called() -> None:
+    import vllm.model_executor.layers.linear as linear
+    from vllm.model_executor.layers import utils
+
+    parameters = inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
+    assert list(parameters) == ["layer", "remove_weight"]
+    source = inspect.getsource(linear)
+    assert "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm" in source
+    assert not hasattr(linear, "dispatch_cpu_unquantized_gemm"), "a name bound at import would not see ours"
+
+
+def test_a_linear_layer_loses_its_weight_without_us_and_keeps_it_with_us_and_computes_the_same(
+    vllm_says: dict[str, list[str]],
+) -> None:
+    without, _, kept, same = vllm_says["LINEAR"]
+    assert without == "0", "vLLM now keeps the weight by itself: the replacement may go"
+    assert (kept, same) == (str(64 * 32), "True")
+
+
+def test_vllm_finds_our_plugin_by_its_entry_point_and_it_acts_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import entry_points
+
+    from verl_ext import compat, vllm_plugin
+
+    found = [point.value for point in entry_points(group="vllm.general_plugins")]
+    assert "verl_ext.vllm_plugin:register" in found
+    called: list[str] = []
+    monkeypatch.setattr(compat, "answer_for_vllm_version", lambda: called.append("version"))
+    monkeypatch.setattr(compat, "keep_vllm_linear_weights", lambda: called.append("weights"))
+    monkeypatch.setattr(compat, "requests_without_an_adapter", lambda: called.append("adapters"))
+    monkeypatch.setattr(compat, "end_server_with_its_engine", lambda: called.append("engine"))
+    monkeypatch.setenv("VERL_PLATFORM", "cuda")
+    vllm_plugin.register()
+    assert called == ["engine"]
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    vllm_plugin.register()
+    assert called == ["engine", "engine", "version", "weights", "adapters"]
+
+
+# --------------------------------------------------------------------------------------- requests without an adapter
+
+
+def test_a_request_without_an_adapter_gets_the_last_one_without_us_and_none_with_us(
+    vllm_says: dict[str, list[str]],
+) -> None:
+    adapter, mixed, *ours = vllm_says["ADAPTERS"]
     assert adapter == "True"
     assert mixed == "False", "vLLM now leaves such a request out by itself: the replacement may go"
     assert ours == ["True"] * 3

@@ -106,6 +106,15 @@ def test_every_entry_of_a_declared_study_composes(name: str, seeds: int) -> None
     assert len(different) == len(composed), "no entry repeats another"
 
 
+def test_the_overview_s_own_entries_compose_and_are_no_other_study_s() -> None:
+    study = read_study(CONF / "study" / "all_methods.yaml")
+    first = [run for run in study.own_runs if run.seed == 0]
+    methods = {run.entry: compose_config(run.overrides).distill.method for run in first}
+    assert methods == {"paced_self_akl": "paced_self", "sdft_long": "sdft"}
+    shown = {run.overrides for run in study.runs if run.owner is not None}
+    assert not shown & {run.overrides for run in first}
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [

@@ -1,4 +1,4 @@
-"""node.sh and train.sbatch, with executables in place of Ray, Slurm and the trainer.
+"""node.sh and train.sbatch, with executables in place of Ray, Slurm and the trainer, and with shorter seconds.
 
 They show what the scripts do; `count_nodes` alone meets what the real Ray writes.
 """
@@ -81,12 +81,22 @@ while [[ $1 == --* ]]; do shift; done
 [[ $1 != hostname ]] || { echo "127.0.0.1 fe80::1 10.1.2.3 10.9.9.9" && exit 0; }
 [[ $1 != ip ]] || { echo "2: ib0    inet 10.5.5.5/24 brd 10.5.5.255 scope global ib0" && exit 0; }
 while [[ $1 != bash ]]; do shift; done
+for name in HEAD_ADDRESS PORT NODES NODE_RANK LOG_DIR GPUS_PER_NODE CPUS_PER_NODE RUN_COMMAND VENV; do
+  printf '%s=%s\n' "$name" "${!name}"
+done >"$FAKES/handed_$NODE_RANK"
+printf '%s\n' "$@" >>"$FAKES/handed_$NODE_RANK"
 exec "$@"
 """
 
 SCONTROL = r"""#!/usr/bin/env bash
 printf '%s\n' "$*" >>"$FAKES/scontrol_calls"
 if [[ $1 == show ]]; then printf 'no-such-node-a\nno-such-node-b\n'; fi
+"""
+
+# The scripts look once a second whether something has ended. Four times in a second here.
+SLEEP = r"""#!/usr/bin/env bash
+[[ $1 != 1 ]] || set -- 0.25
+exec /bin/sleep "$@"
 """
 
 
@@ -97,7 +107,7 @@ class Launcher:
         self.folder, self.log = folder, folder / "log"
         self.processes: list[subprocess.Popen[str]] = []
         (folder / "venv" / "bin").mkdir(parents=True)
-        for name, text in (("ray", RAY), ("python", DRIVER), ("srun", SRUN), ("scontrol", SCONTROL)):
+        for name, text in (("ray", RAY), ("python", DRIVER), ("srun", SRUN), ("scontrol", SCONTROL), ("sleep", SLEEP)):
             path = folder / "venv" / "bin" / name
             path.write_text(text, encoding="utf-8")
             path.chmod(0o755)
@@ -380,6 +390,20 @@ def test_a_job_runs_on_all_its_nodes_and_is_requeued_when_the_driver_says_so(lau
         assert [line for line in steps if line.startswith(options)], steps
     assert {path.name for path in (launcher.log / "0").glob("node_*.log")} == {"node_0.log", "node_1.log"}
     assert not launcher.leftover()
+
+
+def test_what_each_node_is_handed(launcher: Launcher) -> None:
+    job = launcher.job("method=grpo", "a='b  c'", RUN_COMMAND="python -m recipe.sft x=y", CPUS_PER_NODE=12)
+    assert ended(job)[0] == 0
+    overrides = ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", f"run.output_dir={launcher.folder}/out"]
+    for rank, arguments in ((0, [*overrides, "method=grpo", "a='b  c'"]), (1, [])):
+        handed = [
+            "HEAD_ADDRESS=10.0.0.1", "PORT=6400", "NODES=2", f"NODE_RANK={rank}", f"LOG_DIR={launcher.log}/0",
+            "GPUS_PER_NODE=2", "CPUS_PER_NODE=12",
+            "RUN_COMMAND=python -m recipe.supervise -- python -m recipe.sft x=y", f"VENV={launcher.folder}/venv",
+            "bash", f"{ROOT}/scripts/slurm/node.sh", *arguments,
+        ]  # fmt: skip
+        assert launcher.read(f"handed_{rank}").splitlines() == handed
 
 
 @pytest.mark.parametrize(

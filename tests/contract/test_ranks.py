@@ -6,14 +6,11 @@ the tests compare what they wrote.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import random
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +26,10 @@ from verl_ext.gradient_sketch import GradientSketch
 pytestmark = pytest.mark.contract
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
+# Not in a package: pytest imports test modules one by one.
+_spec = importlib.util.spec_from_file_location("forked_ranks", PROGRAM.with_name("forked_ranks.py"))
+forked_ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(forked_ranks)
 TIMEOUT = 400
 # More than there are: rows and tokens that were left out count in the denominators.
 ROW_COUNT, TOKEN_COUNT = 11, 97
@@ -693,97 +694,30 @@ def textbook_of(models: dict[str, Path]) -> Textbook:
     return Textbook(models)
 
 
-class Ranks:
-    """The processes of one world size."""
-
-    def __init__(self, folder: Path, world: int, cases: list[Case], models: dict[str, Path], rows: dict) -> None:
-        self.world, self.cases = world, cases
-        self.plan = folder / f"world{world}.json"
-        self.plan.write_text(
-            json.dumps({"timeout": TIMEOUT, "rows": rows, "cases": [case.plan(models) for case in cases]})
-        )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.logs = [folder / f"world{world}_rank{rank}.log" for rank in range(world)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-            }
-            with log.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(PROGRAM), str(self.plan)],
-                        env=environment,
-                        cwd=folder,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def wait(self) -> None:
-        """Raises where a process failed or took too long."""
-        deadline = time.monotonic() + TIMEOUT
-        while any(process.poll() is None for process in self.processes):
-            if any(process.poll() for process in self.processes) or time.monotonic() > deadline:
-                # The others wait in a collective; what the failing rank wrote is complete.
-                break
-            time.sleep(0.05)
-        codes = [process.poll() for process in self.processes]
-        if any(code != 0 for code in codes):
-            first = next((rank for rank, code in enumerate(codes) if code), 0)
-            # What Triton's bindings say at the end of a process that failed is not about the failure.
-            text = self.logs[first].read_text().split("nanobind: leaked")[0].splitlines()
-            case = next((line for line in reversed(text) if line.startswith("case ")), "before the first case")
-            raise RuntimeError(
-                f"{self.world} ranks, exit codes {codes} (None: still running), rank {first} in {case}:\n"
-                + "\n".join(text[-40:])
-            )
-
-    def end(self) -> None:
-        """Leaves nothing running."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-    def results(self) -> dict[str, dict[str, Any]]:
-        """By case name."""
-        found = {}
-        for number in range(len(self.cases)):
-            result = torch.load(self.plan.parent / f"{self.plan.stem}_{number}.pt", weights_only=False)
-            found[result["name"]] = result
-        return found
-
-
 def spawn(
     folder: Path, cases: list[Case], worlds: list[list[int]], models: dict[str, Path], rows: dict
 ) -> dict[str, dict[str, Any]]:
-    """Runs the cases; world sizes of one inner list at the same time."""
+    """Runs the cases, and returns what they wrote by name; world sizes of one inner list at the same time."""
     (folder / "ranks_kinds.py").write_text(KINDS)
-    found = {}
+    planned, plans = [], []
     for together in worlds:
-        running = []
-        try:
-            for world in together:
-                # Equal settings next to each other: a worker is built once for them.
-                mine = sorted((c for c in cases if c.world == world), key=lambda case: case.overrides(models))
-                running.append(Ranks(folder, world, mine, models, rows))
-            for ranks in running:
-                ranks.wait()
-        finally:
-            for ranks in running:
-                ranks.end()
-        for ranks in running:
-            found |= ranks.results()
+        planned.append([])
+        for size in together:
+            # Equal settings next to each other: a worker is built once for them.
+            mine = sorted((c for c in cases if c.world == size), key=lambda case: case.overrides(models))
+            plan = folder / f"world{size}.json"
+            plan.write_text(
+                json.dumps({"timeout": TIMEOUT, "rows": rows, "cases": [case.plan(models) for case in mine]})
+            )
+            plans.append((plan, len(mine)))
+            planned[-1].append(forked_ranks.World(size, str(plan)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    forked_ranks.run_ranks(PROGRAM, folder, planned, environment, TIMEOUT * len(worlds))
+    found = {}
+    for plan, count in plans:
+        for number in range(count):
+            result = torch.load(folder / f"{plan.stem}_{number}.pt", weights_only=False)
+            found[result["name"]] = result
     return found
 
 

@@ -387,12 +387,12 @@ def test_the_command_refuses_what_training_refuses(capsys: pytest.CaptureFixture
     assert caught.value.code == 2
 
 
-def test_gpu_sizes_are_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_memory_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_machine.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="81559\n81559\n"))
-    assert doctor_machine.gpu_sizes() == [81559 << 20] * 2
+    assert doctor_machine.gpu_memory() == [81559 << 20] * 2
 
     def none(*args: Any, **kwargs: Any) -> None:
         raise FileNotFoundError("nvidia-smi")
 
     monkeypatch.setattr(doctor_machine.subprocess, "run", none)
-    assert doctor_machine.gpu_sizes() == []
+    assert doctor_machine.gpu_memory() == []

@@ -13,7 +13,8 @@ import pytest
 from recipe.detectable import detectable_difference, variance_components
 from recipe.intervals import over_seeds, over_seeds_and_items
 from recipe.paired import MethodRuns, compare
-from recipe.study_answers import Refused, answer, entry_accuracy
+from recipe.study_accuracy import Refused, entry_accuracy
+from recipe.study_answers import answer
 from recipe.study_file import Study, parse_study
 from recipe.study_items import pack_items, write_questions
 from verl_ext.config import ConfigError

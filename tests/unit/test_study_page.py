@@ -38,6 +38,13 @@ DECLARED: dict[str, Any] = {
 }
 
 
+SETTINGS: dict[str, Any] = {
+    "start": "models/a", "train_files": ["data/train.parquet"], "evaluation": {"data.val_files": ["data/test.parquet"]},
+    "learning_rates": {"training": 3e-4}, "rows_a_step": 128, "steps_by_source": {"student_rollouts": 40},
+    "rate_samples": 0,
+}  # fmt: skip
+
+
 def finished(run_id: str, entry: str, seed: int, gain: float, steps: tuple[int, ...] = (0, 20, 40)) -> dict[str, Any]:
     rng = np.random.default_rng([seed, len(entry)])
     rate_P = np.random.default_rng(0).uniform(0.2, 0.5, 40)
@@ -51,7 +58,11 @@ def finished(run_id: str, entry: str, seed: int, gain: float, steps: tuple[int, 
     values = [one["mean@8"] for one in curve.values()]
     return {
         "run_id": run_id, "entry": entry, "seed": seed, "method": entry, "overrides": ["method=x", "a.b=[1,2]"],
-        "summary": {"metric": "val/mean@8", "before": values[0], "after": values[-1], "seconds_per_step": 2.5},
+        "summary": {
+            "metric": "val/mean@8", "before": values[0], "after": values[-1], "steps": max(steps),
+            "seconds_per_step": 2.5,
+        },
+        "settings": SETTINGS,
         "curve": curve, "final": {"val/mean@8": values[-1]}, "items": pack_items(validations), "seconds": 200.0 + seed,
         "date": f"2026-01-0{seed + 1}T00:00:00+00:00", "versions": {"verl": "0.9.1", "torch": "2"},
         "machine": {"cpu": "CPU", "cores": 2 + (seed == 2), "memory_gib": 8.0, "gpus": []},
@@ -97,8 +108,8 @@ def test_the_page_says_what_was_found_and_how(study: Study, capsys: pytest.Captu
     runs = [unpack_items(finished("", "new", seed, 0.4), 40).mean_P for seed in range(3)]
     for text, interval in zip(entry[4:6], (over_seeds_and_items(runs), over_seeds(runs)), strict=True):
         assert text == f"[{interval.low:.3f}, {interval.high:.3f}]"
-    assert entry[6] == "0.500 [0.500, 0.500]"
-    assert cells(page, "never") == ["never", "0 of 3", *["not run"] * 4, "", ""]
+    assert entry[6] == "0.500 [0.500, 0.500]" and entry[7] == "5,120"
+    assert cells(page, "never") == ["never", "0 of 3", *["not run"] * 4, "", "", ""]
 
 
 def test_questions_are_answered_with_interval_p_values_and_the_blind_size(study: Study) -> None:
