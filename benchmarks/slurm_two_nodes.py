@@ -43,7 +43,7 @@ from benchmarks.node_runs import (
 )
 from benchmarks.run_checks import complaints, run_checks
 from benchmarks.slurm_cluster import SlurmCluster, check_slurm, gres_conf, slurm_conf
-from recipe.attempts import REFUSED_EXIT
+from recipe.attempts import INTERRUPTED_EXIT, REFUSED_EXIT
 from recipe.checkpoints import newest_complete
 from recipe.compose import ROOT
 from verl_ext.atomic import write_atomically
@@ -225,6 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED_EXIT
+    except KeyboardInterrupt:
+        say(f"interrupted; namespaces and processes are gone, logs are in {out}")
+        return INTERRUPTED_EXIT
     except RuntimeError as error:
         print(f"error: {error}; logs are in {out}", file=sys.stderr)
         return 1

@@ -41,7 +41,7 @@ from benchmarks.namespaces import (
 from benchmarks.node_launch import Launch, LaunchSettings, environment, node_command
 from benchmarks.node_runs import RUN_COMMAND, check_new, last_line, nodes_amiss, part_taken, say, tiny_run
 from benchmarks.run_checks import complaints, run_checks
-from recipe.attempts import ATTEMPTS, REFUSED_EXIT
+from recipe.attempts import ATTEMPTS, INTERRUPTED_EXIT, REFUSED_EXIT
 from recipe.checkpoints import newest_complete
 from recipe.run_files import read_json_lines
 from verl_ext.atomic import write_atomically
@@ -274,6 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED_EXIT
+    except KeyboardInterrupt:
+        say(f"interrupted; namespaces and processes are gone, logs are in {out}")
+        return INTERRUPTED_EXIT
 
 
 def measure(out: Path, nodes: Sequence[Node], settings: LaunchSettings, given: argparse.Namespace) -> int:

@@ -207,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_atomically(options.plot, study_svg(study, rows))
             return 0
         if options.page is not None:
+            if old := sum("settings" not in row for row in rows.values()):
+                print(f"composing the command lines of {old} rows that do not hold their settings", file=sys.stderr)
             written = write_page(study, rows, options.file, options.results, options.page)
             print(json.dumps({"study": study.name, "rows": len(rows), "written": [str(path) for path in written]}))
             return 0

@@ -56,6 +56,8 @@ def study_svg(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> str:
     for number, (entry, values) in enumerate(after.items()):
         y = TOP + ROW * (number + 0.5)
         parts.append(svg_text(LEFT - 12, y + 4, entry, "end"))
+        if not values:
+            parts.append(svg_text(LEFT + 8, y + 4, "not run", "start", 11))
         for value in values:
             parts.append(f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5" fill="{DOT}" fill-opacity="0.6"/>')
         if values:

@@ -104,7 +104,8 @@ def _section(title: str, text: str) -> str:
 def _state(study: Study, rows: Rows) -> str:
     done, all_of = len(rows), len(study.runs)
     seeds = sorted({run.seed for run in study.runs})
-    text = f"{done} of {all_of} runs are finished ({len(study.entries)} entries, {len(seeds)} seeds)."
+    plural = "s" * (len(seeds) > 1)
+    text = f"{done} of {all_of} runs are finished ({len(study.entries)} entries, {len(seeds)} seed{plural})."
     if len(study.own_runs) < all_of:
         text += f" {len(study.own_runs)} of the runs are this study's own, the others those of the studies named."
     if done < all_of:

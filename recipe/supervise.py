@@ -51,8 +51,8 @@ Ended is a driver that
   - makes no progress: every phase of a step has a limit (--limit), and DIR/heartbeat.json says where it is;
   - lost a node: with RAY_ADDRESS set, a node that was alive at launch and is not any more, or a control service that
     does not answer.
-It gets SIGTERM, after 15 s its group gets SIGKILL, and what it left on this host is ended. SIGUSR1, SIGTERM and SIGINT
-are passed on to it.
+It gets SIGTERM, after 15 s (5 s where a node is lost) its group gets SIGKILL, and what it left on this host is ended.
+SIGUSR1, SIGTERM and SIGINT are passed on to it.
 
 Exit code: 0 done; 2 refused, never repeated; 75 preempted, hung or without a node: requeue; 130 after Ctrl-C; 1 after
 --attempts failures in a row without a new checkpoint; otherwise, with no restart left, the driver's own.

@@ -177,6 +177,34 @@ def test_one_row_per_finished_run_and_none_is_run_twice(tmp_path: Path) -> None:
     assert go(study, tmp_path, run).done == [study.runs[3].run_id]
 
 
+def test_a_row_keeps_its_settings_and_what_its_steps_trained_on(tmp_path: Path) -> None:
+    study = declared(seeds=[3])
+    configs = {
+        run.run_id: OmegaConf.create(
+            {"run": {"seed": 3, "output_dir": str(tmp_path / run.run_id)}, "distill": {"method": run.entry}}
+        )
+        for run in study.runs
+    }
+
+    def run(config: DictConfig) -> Mapping[str, Any]:
+        files = RunFiles(config.run.output_dir, tensorboard=False)
+        for step, rows in ((1, 128), (2, 120)):
+            files.append_metrics(step, {"training/global_step": step, "context/rows": rows})
+        return {"method": config.distill.method, "steps": 2}
+
+    def settings(config: DictConfig) -> Mapping[str, Any]:
+        if config.distill.method == "sdpo":
+            raise ConfigError("nothing is known of it")
+        return {"start": "models/a"}
+
+    outcome = run_study(study, configs, tmp_path / "results", run, settings=settings, say=lambda _: None)
+    row = json.loads(row_path(tmp_path / "results", study, study.runs[0]).read_text())
+    assert row["settings"] == {"start": "models/a"} and row["sequences"] == 248
+    # Not after a training that would then be lost.
+    assert [error for _, _, error in outcome.failed] == ["ConfigError: nothing is known of it"]
+    assert not (tmp_path / study.runs[1].run_id).exists()
+
+
 def test_a_failed_run_leaves_no_row_and_the_others_go_on(tmp_path: Path) -> None:
     study = declared()
     outcome = go(study, tmp_path, training(lambda _: 0.5, failing="grpo-seed1"))

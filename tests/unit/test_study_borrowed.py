@@ -208,6 +208,7 @@ def test_the_page_puts_the_studies_side_by_side(folder: Path) -> None:
     assert "3 questions: 2 yes, 1 not run. Blind below a true difference of" in text
     line = next(one for one in text.splitlines() if one.startswith("| baseline | 0, 1, 2 |"))
     assert "| 40 | 5,120 | rows of the last step × steps | 0.0003 | `models/a` | `data/train.parquet` | A |" in line
+    assert "not run" in Path("both.svg").read_text() and "mean@8 held out" in Path("both.svg").read_text()
     assert "Note a." in text and text.count("taken from the declaration") == 1
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -176,7 +177,8 @@ def test_a_driver_without_a_node_is_not_waited_for_as_long_as_one_that_can_save(
     tmp_path: Path, watching: Callable[..., Watch]
 ) -> None:
     watching((tmp_path / "ready").exists)
-    told = supervisor(tmp_path, "deaf", restarts=0, address="10.0.0.1:6379", to_end=3600.0, to_end_lost=0.1)
+    changes = {"limits": {}, "to_end": 3600.0, "to_end_lost": 0.1}
+    told = supervisor(tmp_path, "deaf", restarts=0, address="10.0.0.1:6379", **changes)
     thread = when((tmp_path / "starts.jsonl").exists, (tmp_path / "ready").touch)
     assert told.run() == 75
     thread.join()
@@ -189,15 +191,20 @@ def test_a_driver_that_fails_before_ray_tells_of_the_lost_node_is_not_started_in
 ) -> None:
     looks: list[None] = []
 
-    def ended() -> bool:
+    def running() -> bool:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):  # it has ended
+                if str(tmp_path) in " ".join(child.cmdline()):
+                    return True
+        return False
+
+    def told() -> bool:
         """At the fourth look after the driver's end."""
-        if (tmp_path / "starts.jsonl").exists() and not [
-            child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())
-        ]:
+        if (tmp_path / "starts.jsonl").exists() and not running():
             looks.append(None)
         return len(looks) > 3
 
-    watching(ended)
+    watching(told)
     assert supervisor(tmp_path, "1", restarts=5, address="10.0.0.1:6379").run() == 75
     line = json.loads((tmp_path / ATTEMPTS).read_text())
     assert line["outcome"] == "lost" and line["code"] == 1 and "1 of 2 nodes lost" in line["reason"]
