@@ -47,7 +47,10 @@ def questions_text(
         head = [*HEAD, CLAIMED] if claimed else list(HEAD)
         body = [_cells(number, one, claimed) for number, one in own]
         parts += [f"### {group}"] if group else []
-        parts += [markdown_table(head, body), "\n".join(f"{number}. {_detail(one, letters)}" for number, one in own)]
+        parts += [
+            markdown_table(head, body),
+            "\n".join(f"{number}. {_detail(one, letters) + _interim(study, rows, one)}" for number, one in own),
+        ]
     parts += ["\n".join(f"* Note {letter}: {note}." for note, letter in letters.items())] if letters else []
     legend = [LEGEND]
     legend += [LEGEND_CLAIMED] if any(one.question.claimed is not None for one in answers) else []
@@ -120,6 +123,18 @@ def _detail(one: Answer, letters: Mapping[str, str]) -> str:
     if one.note in letters:
         return f"{text} Note {letters[one.note]}."
     return text + (f" Note: {one.note}." if one.note else "")
+
+
+def _interim(study: Study, rows: Mapping[str, Mapping[str, Any]], one: Answer) -> str:
+    """An answer before all declared runs are there may still change, and looking often finds too much."""
+    if one.verdict == "not run":
+        return ""
+    short = []
+    for entry in dict.fromkeys((one.question.first, one.question.second)):
+        declared = [run.run_id in rows for run in study.runs if run.entry == entry]
+        if not all(declared):
+            short.append(f"{sum(declared)} of {len(declared)} runs of `{entry}`")
+    return f" Interim: {' and '.join(short)} are finished." if short else ""
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -61,9 +61,10 @@ for tier in "${tiers[@]}"; do
   say "$tier tests"
   tier_env=()
   tier_args=()
-  # Without Ray the tests share nothing: two processes, whole files each, so that fixtures of a file are made once. Small
-  # tensors gain nothing from many threads. The e2e tier leaves their number to Ray and vLLM.
-  [[ $tier == e2e ]] || tier_env=(OMP_NUM_THREADS=1 MKL_NUM_THREADS=1) tier_args=(-n 2 --dist loadfile)
+  # Without Ray the tests share nothing: two processes, whole files each, so that fixtures of a file are made once, and
+  # the files in the order of tests/conftest.py (xdist's own begins with those of most tests, long or not). Small tensors
+  # gain nothing from many threads. The e2e tier leaves their number to Ray and vLLM.
+  [[ $tier == e2e ]] || tier_env=(OMP_NUM_THREADS=1 MKL_NUM_THREADS=1) tier_args=(-n 2 --dist loadfile --no-loadscope-reorder)
   status=0
   env "${tier_env[@]+"${tier_env[@]}"}" "$VENV/bin/python" -m pytest "tests/$tier" --durations=10 \
     "${tier_args[@]+"${tier_args[@]}"}" "${pytest_args[@]+"${pytest_args[@]}"}" 2>&1 | tee "$logs/$tier" || status=${PIPESTATUS[0]}

@@ -135,6 +135,27 @@ _remember_merged_files()
 _remember_compositions()
 
 
+# Files that take longest, longest first (with `--dist loadfile` a file is one process's).
+LONG_FILES = {
+    "contract": (
+        "ranks", "config", "compat", "launch", "adapter_ranks", "layouts", "sft_contract", "reproduction",
+        "data_presets", "adapter_sampling",
+    ),
+    "unit": (
+        "sandbox", "tiny_world_formats", "hostile_corpus", "token_losses", "sample_command", "pass_rates_command",
+        "chain", "study", "old_log_probs", "evaluate_command", "sft_settings", "doctor", "verifier_code",
+        "tiny_world_revision", "verifier_math_hostile", "data_prep_validate_verifiers", "preflight", "srt_command",
+        "checkpoint_damage", "preference",
+    ),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A long file that comes last leaves the other processes without work; the short ones fill the gaps."""
+    long = {(tier, f"test_{name}.py"): place for tier, names in LONG_FILES.items() for place, name in enumerate(names)}
+    items.sort(key=lambda item: long.get((item.path.parent.name, item.path.name), len(long)))
+
+
 def pytest_collection_finish() -> None:
     """The imported modules are half a million objects; the garbage collector need not look at them again and again."""
     gc.collect()

@@ -148,8 +148,10 @@ class DistillWorker(ActorRolloutRefWorker):
             torch.manual_seed(self.config.actor.fsdp_config.seed)
         with engine.forward_only_placement(placement):
             super().init_model()
-        compat.send_weights_on_own_socket(self.rollout)
-        compat.watch_server_while_sending(self.rollout)
+        # Without one, as for a teacher's own workers, vLLM need not be imported, which takes seconds.
+        if self.rollout is not None:
+            compat.send_weights_on_own_socket(self.rollout)
+            compat.watch_server_while_sending(self.rollout)
         if self.distill.enabled:
             self._check_models()
         self.actor.set_loss_fn(Loss(self.distill, self.loss_fn.keywords["config"]))

@@ -20,6 +20,8 @@ from recipe.cluster import prepare_environment
 
 prepare_environment("cpu")
 
+import omegaconf.base  # noqa: E402
+import omegaconf.grammar_parser  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from forked_ranks import become_a_rank  # noqa: E402
@@ -34,6 +36,9 @@ from verl_ext.loss import Loss  # noqa: E402
 from verl_ext.packing import to_jagged  # noqa: E402
 from verl_ext.row_store import STORE  # noqa: E402
 from verl_ext.standalone import StandaloneWorker, make_batch  # noqa: E402
+
+# The same ``${...}`` stand in the configuration of every case; parsing them takes longer than looking their values up.
+omegaconf.base.parse = cache(omegaconf.grammar_parser.parse)
 
 PADDING_ROW = {"prompt": [2], "response": [2], "teacher_prompt": [2], "weight": 0.0, "mask": [0]}
 

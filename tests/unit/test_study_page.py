@@ -125,10 +125,13 @@ def test_questions_are_answered_with_interval_p_values_and_the_blind_size(study:
 def test_unpaired_seeds_of_both_entries_are_listed(study: Study) -> None:
     asked = {**DECLARED["questions"][0], "pairing": "unpaired"}
     Path("pair.yaml").write_text(yaml.safe_dump({**DECLARED, "questions": [asked]}))
-    assert "unpaired seeds 0, 1, 2. Claim" in write()
+    page = write()
+    assert "unpaired seeds 0, 1, 2. Claim" in page and "Interim" not in page
     gone = next(run for run in study.runs if run.entry == "old" and run.seed == 1)
     row_path(Path("docs/results"), study, gone).unlink()
-    assert "unpaired seeds 0, 1, 2 against 0, 2. Claim" in write()
+    page = write()
+    assert "unpaired seeds 0, 1, 2 against 0, 2. Claim" in page
+    assert "Interim: 2 of 3 runs of `old` are finished." in page
 
 
 def test_what_was_not_run_has_its_cost(study: Study) -> None:
