@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_a_signal_leaves_nothing(nodes: tuple[Node, Node], number: signal.Signal
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        # Tests that a script runs in the background ignore the signal, and so would the process.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     names = process.stdout.readline().split()
     assert len(names) == 2 and there(*names)
