@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 from recipe.console_format import validation_key
@@ -59,11 +60,13 @@ class RunView:
 Look = Callable[[RunView], list[Sighting] | None]
 
 
-def _windows(series: Sequence[tuple[int, float]], size: int = WINDOW) -> list[tuple[int, float]]:
+def _windows(
+    series: Sequence[tuple[int, float]], size: int = WINDOW, middle: Callable[[list[float]], float] = fmean
+) -> list[tuple[int, float]]:
     """Means over ``size`` values in a row, at the step of the last one; over all where there are fewer."""
     size = min(size, len(series))
     return [
-        (series[end - 1][0], sum(value for _, value in series[end - size : end]) / size)
+        (series[end - 1][0], middle([value for _, value in series[end - size : end]]))
         for end in range(size, len(series) + 1)
         if size
     ]
@@ -193,7 +196,9 @@ def negative_gap(run: RunView) -> list[Sighting] | None:
     series = run.series("teacher/gap")
     if not series:
         return None
-    return [Sighting(step, -value, f"{value:.3g} nats a token") for step, value in _windows(series) if value < 0]
+    # Already a median over rows; the step of few right answers that stands alone must not decide a window either.
+    windows = _windows(series, middle=median)
+    return [Sighting(step, -value, f"{value:.3g} nats a token") for step, value in windows if value < 0]
 
 
 def no_demonstrations(run: RunView) -> list[Sighting] | None:

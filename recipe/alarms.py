@@ -147,7 +147,7 @@ CHECKS = (
     ),
     Rule(
         "the teacher was no better than the student",
-        f"gap on right answers below 0 over {WINDOW} steps",
+        f"median gap on right answers of {WINDOW} steps below 0",
         "The model may not read this context: look at the teacher contexts of the completions; distill.context.*.",
         looks.negative_gap,
     ),
